@@ -1,0 +1,141 @@
+// snkernels._C: the compiled kernels, called with integers for pointers. Shapes, number formats and
+// devices are checked in Python (snkernels/kernels/native.py); nothing is checked again here.
+#include <pybind11/pybind11.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#ifdef SNK_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+// A View is (pointer, dtype, rows, cols, row_stride, col_stride), or None.
+template <>
+struct type_caster<snk::View> {
+  PYBIND11_TYPE_CASTER(snk::View, const_name("tuple[int, int, int, int, int, int] | None"));
+
+  bool load(handle source, bool) {
+    value = snk::View();
+    if (source.is_none()) return true;
+    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 6) return false;
+    int64_t field[6];
+    for (int i = 0; i < 6; ++i) {
+      field[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
+      if (field[i] == -1 && PyErr_Occurred()) throw error_already_set();
+    }
+    value = {reinterpret_cast<void*>(field[0]), snk::DType(field[1]), field[2], field[3], field[4],
+             field[5]};
+    return true;
+  }
+};
+}  // namespace pybind11::detail
+
+namespace {
+
+using snk::View;
+
+template <typename Params>
+void run_cpu(snk::Status (*kernel)(const Params&), const Params& params) {
+  snk::Status status;
+  {
+    py::gil_scoped_release release;
+    status = kernel(params);
+  }
+  if (status == snk::Status::out_of_memory) throw std::bad_alloc();
+}
+
+void bind_cpu(py::module_& m) {
+  using namespace snk::cpu;
+  m.def("cpu_isa", &isa, "Name of the instruction set in use.");
+  m.def("cpu_isas", [] {
+    py::list names;
+    for (const char* const* name = supported_isas(); *name != nullptr; ++name) names.append(*name);
+    return names;
+  }, "Instruction sets that this machine runs, best first.");
+  m.def("cpu_use_isa", [](const std::string& name) {
+    if (!use_isa(name.c_str())) throw py::value_error("this machine cannot run " + name);
+  }, "Makes the CPU kernels use another instruction set.");
+
+  m.def("stitch_forward", [](View x, View weight, View bias, View lora_A, View lora_B,
+                             float scaling, View y, int threads) {
+    run_cpu(kernels().stitch_forward,
+            StitchForward{x, weight, bias, lora_A, lora_B, scaling, y, threads});
+  });
+  m.def("stitch_backward", [](View grad_y, View x, View weight, View lora_A, View lora_B,
+                              float scaling, View grad_x, View grad_weight, View grad_bias,
+                              View grad_lora_A, View grad_lora_B, int threads) {
+    run_cpu(kernels().stitch_backward,
+            StitchBackward{grad_y, x, weight, lora_A, lora_B, scaling, grad_x, grad_weight,
+                           grad_bias, grad_lora_A, grad_lora_B, threads});
+  });
+  m.def("stitch_layer_norm_forward", [](View x, View weight, View bias, View lora_A, View lora_B,
+                                        float scaling, View norm_weight, View norm_bias, float eps,
+                                        View y, View normed, View mean, View rstd, int threads) {
+    run_cpu(kernels().stitch_layer_norm_forward,
+            StitchLayerNormForward{{x, weight, bias, lora_A, lora_B, scaling, y, threads},
+                                   norm_weight, norm_bias, eps, normed, mean, rstd});
+  });
+  m.def("stitch_layer_norm_backward",
+        [](View grad_y, View grad_normed, View x, View weight, View lora_A, View lora_B,
+           float scaling, View y, View mean, View rstd, View norm_weight, View grad_x,
+           View grad_weight, View grad_bias, View grad_lora_A, View grad_lora_B,
+           View grad_norm_weight, View grad_norm_bias, int threads) {
+          run_cpu(kernels().stitch_layer_norm_backward,
+                  StitchLayerNormBackward{{grad_y, x, weight, lora_A, lora_B, scaling, grad_x,
+                                           grad_weight, grad_bias, grad_lora_A, grad_lora_B,
+                                           threads},
+                                          grad_normed, y, mean, rstd, norm_weight,
+                                          grad_norm_weight, grad_norm_bias});
+        });
+}
+
+#ifdef SNK_WITH_CUDA
+template <typename Params>
+void run_cuda(int (*launch)(const Params&), const Params& params) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = launch(params);
+  }
+  if (error != 0) throw std::runtime_error(snk::cuda::error_string(error));
+}
+
+void bind_cuda(py::module_& m) {
+  using namespace snk::cuda;
+  m.def("cuda_device_count", &device_count, "Devices that the driver shows; 0 without a driver.");
+  m.def("cuda_bias_layer_norm",
+        [](View gemm, View bias, View norm_weight, View norm_bias, float eps, View y, View normed,
+           View mean, View rstd, int device, uintptr_t stream) {
+          run_cuda(bias_layer_norm,
+                   BiasLayerNorm{gemm, bias, norm_weight, norm_bias, eps, y, normed, mean, rstd,
+                                 device, reinterpret_cast<void*>(stream)});
+        });
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of snkernels.";
+  m.attr("compiler") = __VERSION__;
+  m.attr("openmp") =
+#ifdef _OPENMP
+      true;
+#else
+      false;
+#endif
+  bind_cpu(m);
+#ifdef SNK_WITH_CUDA
+  m.attr("cuda_version") = SNK_CUDA_VERSION;
+  m.attr("cuda_archs") = SNK_CUDA_ARCHS;
+  bind_cuda(m);
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_archs") = py::none();
+#endif
+}

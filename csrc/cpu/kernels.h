@@ -1,0 +1,23 @@
+// The table of CPU kernels; there is one per instruction set, and dispatch.cpp hands out the best.
+#pragma once
+
+#include "cpu/params.h"
+
+namespace snk::cpu {
+
+struct Kernels {
+  Status (*stitch_forward)(const StitchForward&);
+  Status (*stitch_backward)(const StitchBackward&);
+  Status (*stitch_layer_norm_forward)(const StitchLayerNormForward&);
+  Status (*stitch_layer_norm_backward)(const StitchLayerNormBackward&);
+};
+
+// The kernels of the instruction set in use.
+const Kernels& kernels();
+const char* isa();
+// Null-terminated list of what this machine can run, best first.
+const char* const* supported_isas();
+// False, and nothing changed, where this machine cannot run it.
+bool use_isa(const char* name);
+
+}  // namespace snk::cpu

@@ -1,0 +1,1 @@
+"""Fused kernels and a model layer for stitched vision transformers."""
