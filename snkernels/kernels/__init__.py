@@ -1,0 +1,1 @@
+"""The kernels themselves: Triton sources and the thin face of the compiled module."""

@@ -1,0 +1,111 @@
+"""Which implementation of an op runs: chosen per op, device and dtype, or forced by the user.
+
+A kernel is chosen by itself only where a committed record shows that its tests passed and that it
+won on that kind of device (``PROVEN``). Everywhere else the ``torch`` backend runs and the kernels
+wait to be asked for, by ``SNKERNELS_BACKEND`` or :func:`use_backend`.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from snkernels.kernels import native
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# (op, device type) -> (backend, the record that shows it).
+PROVEN: dict[tuple[str, str], tuple[str, str]] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+def _validated(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, but it is {backend!r}")
+    return backend
+
+
+_environment = os.environ.get("SNKERNELS_BACKEND") or None
+_forced: str | None = _environment and _validated(_environment, "SNKERNELS_BACKEND")
+
+
+def forced_backend() -> str | None:
+    """The backend that the user forced, or None."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Forces a backend for all ops inside the ``with`` block; None lets the library choose.
+
+    It holds for the whole process, as backward passes run on threads of their own.
+
+    Raises:
+        ValueError: an unknown backend. An op that the backend cannot serve raises when called.
+    """
+    global _forced
+    previous, _forced = _forced, backend and _validated(backend, "backend")
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _forced = previous
+        choose.cache_clear()
+
+
+def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run on this device type and dtype here; None if it can."""
+    if backend == "torch":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in KERNEL_DTYPES)
+        return f"its kernels take {names}, not {str(dtype).removeprefix('torch.')}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on {device} only under TRITON_INTERPRET=1"
+        return None
+    if native.IMPORT_ERROR is not None:
+        return f"the compiled module did not import: {native.IMPORT_ERROR}"
+    if backend == "cuda" and native.CUDA_VERSION is None:
+        return "the compiled module was built without CUDA"
+    if backend != device:
+        return f"it runs on {backend} tensors, not on {device}"
+    return None
+
+
+@functools.cache
+def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -> Choice:
+    """The backend for an op that offers some, on a device type and for the dtype of x.
+
+    Raises:
+        RuntimeError: a forced backend that does not have the op or cannot run here.
+    """
+    if _forced is not None:
+        if _forced not in offered:
+            raise RuntimeError(
+                f"backend {_forced!r} is forced, but {op} has only: {', '.join(offered)}"
+            )
+        if reason := obstacle(_forced, device, dtype):
+            raise RuntimeError(f"backend {_forced!r} is forced, but cannot run {op}: {reason}")
+        return Choice(_forced, "forced")
+    if (op, device) not in PROVEN:
+        return Choice("torch", f"no record shows a faster kernel on {device} yet")
+    backend, record = PROVEN[op, device]
+    if reason := obstacle(backend, device, dtype):
+        return Choice("torch", f"{backend} would be faster, but {reason}")
+    return Choice(backend, f"fastest on {device} by {record}")

@@ -1,0 +1,230 @@
+"""The thin face of the compiled module: tensors become pointers here, after every check.
+
+The functions have the signatures of the library ops that they implement and allocate the outputs.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+# Before the compiled module: both use OpenMP, and loaded after torch it shares torch's threads.
+import torch
+from torch import Tensor
+
+_C: Any = None
+IMPORT_ERROR: str | None = None
+CUDA_VERSION: str | None = None
+try:
+    _C = importlib.import_module("snkernels._C")
+    CUDA_VERSION = _C.cuda_version
+except ImportError as error:
+    IMPORT_ERROR = str(error)
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+View = tuple[int, int, int, int, int, int]
+
+
+def _view(name: str, tensor: Tensor | None, rows: int, cols: int, device: str) -> View | None:
+    """(pointer, dtype, rows, cols, strides) of a matrix, or of a vector as a matrix of one row."""
+    if tensor is None:
+        return None
+    if tensor.device.type != device or tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16 or bfloat16 on {device}, "
+            f"but it is {tensor.dtype} on {tensor.device}"
+        )
+    shape, stride = tensor.shape, tensor.stride()
+    if shape != ((rows, cols) if len(shape) == 2 else (cols,)):
+        raise ValueError(f"{name} must have shape ({rows}, {cols}), but it has {tuple(shape)}")
+    return (
+        tensor.data_ptr(),
+        _DTYPES[tensor.dtype],
+        rows,
+        cols,
+        stride[0] if rows else 0,
+        stride[-1],
+    )
+
+
+def _stitch_views(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    device: str,
+) -> tuple[View | None, ...]:
+    (out_features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
+    return (
+        _view("x", x, x.shape[0], in_features, device),
+        _view("weight", weight, out_features, in_features, device),
+        _view("bias", bias, 1, out_features, device),
+        _view("lora_A", lora_A, rank, in_features, device),
+        _view("lora_B", lora_B, out_features, rank, device),
+    )
+
+
+def _grads_like(
+    tensors: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[list[Tensor], list[View | None]]:
+    """Room for the gradients that are needed, and a view of each or None for all."""
+    grads: list[Tensor] = []
+    views: list[View | None] = []
+    for tensor, need in zip(tensors, needs, strict=True):
+        if not need or tensor is None:
+            views.append(None)
+            continue
+        grad = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        grads.append(grad)
+        views.append(
+            _view("grad", grad, grad.shape[0] if grad.dim() == 2 else 1, grad.shape[-1], "cpu")
+        )
+    return grads, views
+
+
+def stitch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """See :func:`snkernels.reference.stitch`."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    views = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
+    _C.stitch_forward(
+        *views, scaling, _view("y", y, x.shape[0], weight.shape[0], "cpu"), torch.get_num_threads()
+    )
+    return y
+
+
+def stitch_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See :func:`snkernels.reference.stitch_backward`."""
+    x_view, weight_view, _, A_view, B_view = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
+    grads, grad_views = _grads_like((x, weight, bias, lora_A, lora_B), needs)
+    _C.stitch_backward(
+        _view("grad_y", grad_y, x.shape[0], weight.shape[0], "cpu"),
+        x_view,
+        weight_view,
+        A_view,
+        B_view,
+        scaling,
+        *grad_views,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def stitch_layer_norm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``."""
+    rows, features = x.shape[0], weight.shape[0]
+    y, normed = x.new_empty(rows, features), x.new_empty(rows, features)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    _C.stitch_layer_norm_forward(
+        *_stitch_views(x, weight, bias, lora_A, lora_B, "cpu"),
+        scaling,
+        _view("norm_weight", norm_weight, 1, features, "cpu"),
+        _view("norm_bias", norm_bias, 1, features, "cpu"),
+        eps,
+        _view("y", y, rows, features, "cpu"),
+        _view("normed", normed, rows, features, "cpu"),
+        _view("mean", mean, 1, rows, "cpu"),
+        _view("rstd", rstd, 1, rows, "cpu"),
+        torch.get_num_threads(),
+    )
+    return y, normed, mean, rstd
+
+
+def stitch_layer_norm_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ``stitch_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
+    rows, features = x.shape[0], weight.shape[0]
+    x_view, weight_view, _, A_view, B_view = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
+    grads, grad_views = _grads_like(
+        (x, weight, bias, lora_A, lora_B, norm_weight, norm_bias), needs
+    )
+    _C.stitch_layer_norm_backward(
+        _view("grad_y", grad_y, rows, features, "cpu"),
+        _view("grad_normed", grad_normed, rows, features, "cpu"),
+        x_view,
+        weight_view,
+        A_view,
+        B_view,
+        scaling,
+        _view("y", y, rows, features, "cpu"),
+        _view("mean", mean, 1, rows, "cpu"),
+        _view("rstd", rstd, 1, rows, "cpu"),
+        _view("norm_weight", norm_weight, 1, features, "cpu"),
+        *grad_views,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def cuda_bias_layer_norm(
+    gemm: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, LN(y), mean, 1/σ) of y = gemm + bias, for a contiguous (M, N ≤ 2048) matrix on a GPU.
+
+    Never run on a GPU yet: compiled only.
+    """
+    rows, features = gemm.shape
+    if features > 2048:
+        raise ValueError(f"the cuda backend takes up to 2048 features, but gemm has {features}")
+    y, normed = torch.empty_like(gemm), torch.empty_like(gemm)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=gemm.device) for _ in range(2))
+    vectors = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
+    bias, norm_weight, norm_bias = vectors
+    _C.cuda_bias_layer_norm(
+        _view("gemm", gemm.contiguous(), rows, features, "cuda"),
+        _view("bias", bias, 1, features, "cuda"),
+        _view("norm_weight", norm_weight, 1, features, "cuda"),
+        _view("norm_bias", norm_bias, 1, features, "cuda"),
+        eps,
+        _view("y", y, rows, features, "cuda"),
+        _view("normed", normed, rows, features, "cuda"),
+        _view("mean", mean, 1, rows, "cuda"),
+        _view("rstd", rstd, 1, rows, "cuda"),
+        gemm.device.index,
+        torch.cuda.current_stream(gemm.device).cuda_stream,
+    )
+    return y, normed, mean, rstd

@@ -1,0 +1,59 @@
+"""Argument checks that ops share: messages name the argument, what it was, what it must be."""
+
+import torch
+from torch import Tensor
+
+
+def check_stitch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> None:
+    """Raises TypeError or ValueError unless the arguments fit together."""
+    check_tensor("weight", weight, x, (None, None))
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have shape (..., {in_features}) to fit weight {tuple(weight.shape)}, "
+            f"but it has {tuple(x.shape)}"
+        )
+    check_tensor("bias", bias, x, (out_features,))
+    if (lora_A is None) != (lora_B is None):
+        given, absent = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
+        raise ValueError(f"lora_A and lora_B go together, but {given} is given and {absent} is not")
+    check_tensor("lora_A", lora_A, x, (None, in_features))
+    if lora_A is not None:
+        check_tensor("lora_B", lora_B, x, (out_features, lora_A.shape[0]))
+    if scaling != scaling:
+        raise ValueError("scaling must be a number, but it is NaN")
+
+
+def check_tensor(
+    name: str, tensor: Tensor | None, like: Tensor, shape: tuple[int | None, ...]
+) -> None:
+    """Checks an optional tensor's kind, device and shape; None in a shape stands for any size."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, but it is {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, where x is, but is on {tensor.device}")
+    fits = len(tensor.shape) == len(shape) and all(
+        want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(tensor.shape)}")
+
+
+def check_input(x: Tensor) -> None:
+    """Raises unless ``x`` is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, but it is {type(x).__name__}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, but it is {x.dtype}")

@@ -1,0 +1,126 @@
+"""``stitch``: the low-rank stitching projection (SN-Netv2, §3.3), y = x Wᵀ + b + s · (x Aᵀ) Bᵀ."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snkernels import reference
+from snkernels.kernels import native
+from snkernels.ops.checks import check_input, check_stitch
+from snkernels.ops.library import autocast, register, triton_kernel, without_autocast
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return empty_grads((x, weight, bias, lora_A, lora_B), needs)
+
+
+def empty_grads(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    """What a backward op returns, for its fake: one gradient for each tensor that needs it."""
+    return [
+        tensor.new_empty(tensor.shape)
+        for tensor, need in zip(tensors, needs, strict=True)
+        if need and tensor is not None
+    ]
+
+
+def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """A backward op's gradients in the places of their inputs, None where none is needed."""
+    remaining = iter(grads)
+    return [next(remaining) if need else None for need in needs]
+
+
+register(
+    "stitch(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling)"
+    " -> Tensor",
+    fake=_fake,
+    implementations={
+        "torch": without_autocast(reference.stitch),
+        "cpu": native.stitch_forward,
+        "triton": triton_kernel("stitch", "stitch_forward"),
+    },
+)
+register(
+    "stitch_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A,"
+    " Tensor? lora_B, float scaling, bool[] needs) -> Tensor[]",
+    fake=_fake_backward,
+    implementations={
+        "torch": without_autocast(reference.stitch_backward),
+        "cpu": native.stitch_backward,
+        "triton": triton_kernel("stitch", "stitch_backward"),
+    },
+)
+
+
+class _Stitch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
+        ctx.scaling = scaling
+        return torch.ops.snkernels.stitch(x, weight, bias, lora_A, lora_B, scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        needs = list(ctx.needs_input_grad[:5])
+        grads = torch.ops.snkernels.stitch_backward(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
+        return *spread(grads, needs), None
+
+
+def stitch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Projects tokens from one anchor's width to the other's.
+
+    y = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, accumulated in fp32 (fp64 for fp64), where the low-rank
+    intermediate x Aᵀ is never rounded to half precision. Differentiable once in every tensor.
+
+    Args:
+        x: tokens, (..., in), float16, bfloat16, float32 or float64.
+        weight: W, (out, in); this and the following may be of another floating dtype than x.
+        bias: (out,) or None.
+        lora_A: A, (r, in), or None, together with lora_B, for no low-rank part. r may be 0.
+        lora_B: B, (out, r).
+        scaling: s, in the paper 1/r.
+
+    Returns:
+        y, (..., out), in the dtype of x; under autocast in autocast's dtype, as of a linear layer.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+    check_input(x)
+    check_stitch(x, weight, bias, lora_A, lora_B, scaling)
+    if lora_A is not None and lora_A.shape[0] == 0:
+        lora_A = lora_B = None
+    rows = autocast(x).reshape(-1, x.shape[-1])
+    y = _Stitch.apply(rows, weight, bias, lora_A, lora_B, float(scaling))
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,222 @@
+"""``stitch_layer_norm``: the projection and the entry block's LayerNorm, with both outputs.
+
+The block that a stitch leads into goes on with h + γ · attn(LN(h)), so it needs y and LN(y).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snkernels import reference
+from snkernels.kernels import native
+from snkernels.ops.checks import check_input, check_stitch, check_tensor
+from snkernels.ops.library import autocast, register, triton_kernel, without_autocast
+from snkernels.ops.stitch import empty_grads, spread
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, features = x.shape[0], weight.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, normed = x.new_empty(rows, features), x.new_empty(rows, features)
+    return y, normed, x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
+
+
+def _fake_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return empty_grads((x, weight, bias, lora_A, lora_B, norm_weight, norm_bias), needs)
+
+
+@without_autocast
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = reference.stitch(x, weight, bias, lora_A, lora_B, scaling)
+    return y, *reference.layer_norm(y, norm_weight, norm_bias, eps)
+
+
+@without_autocast
+def _torch_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grad, grad_norm_weight, grad_norm_bias = reference.layer_norm_backward(
+        grad_normed, y, mean, rstd, norm_weight
+    )
+    if grad_y is not None:
+        grad = grad + grad_y
+    grads = reference.stitch_backward(grad, x, weight, bias, lora_A, lora_B, scaling, needs[:5])
+    if needs[5] and norm_weight is not None:
+        grads.append(grad_norm_weight.to(norm_weight.dtype))
+    if needs[6] and norm_bias is not None:
+        grads.append(grad_norm_bias.to(norm_bias.dtype))
+    return grads
+
+
+@without_autocast
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gemm = reference.stitch(x, weight, None, lora_A, lora_B, scaling)
+    return native.cuda_bias_layer_norm(gemm, bias, norm_weight, norm_bias, eps)
+
+
+register(
+    "stitch_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B,"
+    " float scaling, Tensor? norm_weight, Tensor? norm_bias, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={
+        "torch": _torch,
+        "cpu": native.stitch_layer_norm_forward,
+        "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_forward"),
+        "cuda": _cuda,
+    },
+)
+register(
+    "stitch_layer_norm_backward(Tensor? grad_y, Tensor grad_normed, Tensor x, Tensor weight,"
+    " Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor y, Tensor mean,"
+    " Tensor rstd, Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
+    fake=_fake_backward,
+    implementations={
+        "torch": _torch_backward,
+        "cpu": native.stitch_layer_norm_backward,
+        "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_backward"),
+        # Only the forward is compiled so far; its residuals are those of the torch backend.
+        "cuda": _torch_backward,
+    },
+)
+
+
+class _StitchLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        y, normed, mean, rstd = torch.ops.snkernels.stitch_layer_norm(
+            x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
+        )
+        ctx.save_for_backward(
+            x, weight, bias, lora_A, lora_B, y, mean, rstd, norm_weight, norm_bias
+        )
+        ctx.scaling = scaling
+        ctx.set_materialize_grads(False)
+        return y, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
+        operands, residuals = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8)]
+        if grad_normed is not None:
+            grads = torch.ops.snkernels.stitch_layer_norm_backward(
+                grad_y, grad_normed, *operands, ctx.scaling, *residuals, needs
+            )
+        else:  # LN(y) was not used, so its parameters get no gradient, as in eager torch
+            needs[5:] = False, False
+            if grad_y is None:
+                return (None,) * 9
+            grads = torch.ops.snkernels.stitch_backward(grad_y, *operands, ctx.scaling, needs[:5])
+        *stitch_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
+        return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None
+
+
+def stitch_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Projects tokens to the other anchor's width and normalises them for its entry block.
+
+    y is that of :func:`snkernels.ops.stitch`; LN(y) = (y − mean) / √(var + eps) · norm_weight +
+    norm_bias over the last dimension, with fp32 two-pass statistics (fp64 for fp64).
+
+    Args:
+        x: tokens, (..., in), float16, bfloat16, float32 or float64.
+        weight: W, (out, in); this and the following may be of another floating dtype than x.
+        bias: (out,) or None.
+        lora_A: A, (r, in), or None, together with lora_B, for no low-rank part. r may be 0.
+        lora_B: B, (out, r).
+        scaling: s, in the paper 1/r.
+        norm_weight: (out,) or None.
+        norm_bias: (out,) or None.
+        eps: added to the variance.
+
+    Returns:
+        y and LN(y), both (..., out), both in the dtype of x; under autocast both in autocast's
+        dtype (torch's own layer_norm would return fp32 there).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+    check_input(x)
+    check_stitch(x, weight, bias, lora_A, lora_B, scaling)
+    check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
+    check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
+    if lora_A is not None and lora_A.shape[0] == 0:
+        lora_A = lora_B = None
+    rows = autocast(x).reshape(-1, x.shape[-1])
+    y, normed = _StitchLayerNorm.apply(
+        rows, weight, bias, lora_A, lora_B, float(scaling), norm_weight, norm_bias, float(eps)
+    )
+    shape = (*x.shape[:-1], weight.shape[0])
+    return y.view(shape), normed.view(shape)
