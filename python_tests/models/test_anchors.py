@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from snkernels.models.anchors import (
+    check_anchor,
+    check_images,
+    check_pair,
+    embed,
+    embed_parameters,
+    readout,
+    readout_parameters,
+    run_blocks,
+    vit_shape,
+)
+from snkernels.models.vit import PlainViT
+from snkernels.routing.cost import ViTShape
+
+MakeViT = Callable[..., PlainViT]
+
+
+def test_the_parts_in_order_are_the_whole(make_vit: MakeViT) -> None:
+    vit = make_vit(depth=3)
+    images = torch.randn(2, 3, 8, 8)
+    tokens = embed(vit, images)
+    assert tokens.shape == (2, 5, 12)
+    halfway = run_blocks(vit, tokens, 0, 1)
+    torch.testing.assert_close(readout(vit, run_blocks(vit, halfway, 1, 3)), vit(images))
+
+
+def test_a_block_can_be_entered_after_its_norm(make_vit: MakeViT) -> None:
+    vit = make_vit(depth=3)
+    tokens = torch.randn(2, 5, 12)
+    normed = vit.blocks[1].norm1(tokens)
+    torch.testing.assert_close(run_blocks(vit, tokens, 1, 3, normed), run_blocks(vit, tokens, 1, 3))
+    # What enters the attention is the tensor that was handed in, not one computed anew.
+    other = run_blocks(vit, tokens, 1, 3, torch.zeros_like(normed))
+    assert not torch.allclose(other, run_blocks(vit, tokens, 1, 3))
+
+
+def test_entering_draws_the_block_s_own_stochastic_depth(make_vit: MakeViT) -> None:
+    vit = make_vit(depth=2, drop_path_rate=0.5).train()
+    tokens = torch.randn(64, 5, 12)
+    torch.manual_seed(1)
+    entered = run_blocks(vit, tokens, 1, 2, vit.blocks[1].norm1(tokens))
+    torch.manual_seed(1)
+    torch.testing.assert_close(entered, run_blocks(vit, tokens, 1, 2))
+
+
+def test_running_no_block_changes_nothing(make_vit: MakeViT) -> None:
+    tokens = torch.randn(2, 5, 12)
+    assert run_blocks(make_vit(), tokens, 1, 1) is tokens
+
+
+def test_shape_of_deit3_small() -> None:
+    with torch.device("meta"):
+        vit = PlainViT(embed_dim=384, depth=12, num_heads=6)
+    assert vit_shape(vit) == ViTShape(384, 12, 197, 196, 16, 3, 1000, 4.0)
+
+
+def test_shape_follows_every_argument() -> None:
+    vit = PlainViT(
+        (8, 12), 4, in_chans=1, num_classes=7, embed_dim=8, depth=2, num_heads=2, mlp_ratio=3.0
+    )
+    assert vit_shape(vit) == ViTShape(8, 2, 7, 6, 4, 1, 7, 3.0)
+
+
+def test_parameters_of_the_ends(make_vit: MakeViT) -> None:
+    vit = make_vit()
+    names = {id(parameter): name for name, parameter in vit.named_parameters()}
+    assert {names[id(p)] for p in embed_parameters(vit)} == {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    }
+    assert {names[id(p)] for p in readout_parameters(vit)} == {
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+
+
+class NoViT(nn.Module):
+    pass
+
+
+def without(part: str, vit: PlainViT) -> PlainViT:
+    owner, _, name = part.rpartition(".")
+    delattr(vit.get_submodule(owner), name)
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda vit: NoViT(), r"small \(NoViT\) must be a plain ViT .* no patch_embed, _pos_embed"),
+        (lambda vit: without("norm", vit), "it has no norm$"),
+        (lambda vit: without("blocks.1.ls1", vit), r"block 1 \(Block\), .* pre-norm .* no ls1$"),
+        (lambda vit: without("blocks.0.mlp.fc2", vit), r"block 0 .* MLP .* no fc2$"),
+        (
+            lambda vit: setattr(vit.blocks[1], "norm1", nn.RMSNorm(12)) or vit,
+            "block 1 .* LayerNorm as norm1.* has RMSNorm",
+        ),
+        (lambda vit: setattr(vit, "attn_pool", nn.Identity()) or vit, "it has an attention pool"),
+        (
+            lambda vit: setattr(vit.patch_embed, "patch_size", (4, 2)) or vit,
+            r"square patches, got \(4, 2\)",
+        ),
+    ],
+)
+def test_what_is_no_anchor_is_told_why(
+    make_vit: MakeViT, damage: Callable[[PlainViT], nn.Module], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        check_anchor(damage(make_vit()), "small")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"img_size": 16}, r"image size, got \(8, 8\) and \(16, 16\)"),
+        ({"in_chans": 1}, "image channels, got 3 and 1"),
+        ({"patch_size": 2}, r"patch grid, got \(2, 2\) and \(4, 4\)"),
+        ({"num_classes": 6}, "classes, got 5 and 6"),
+    ],
+)
+def test_anchors_must_agree(make_vit: MakeViT, changes: dict[str, Any], message: str) -> None:
+    check_pair(make_vit(), make_vit(depth=4, embed_dim=24))
+    with pytest.raises(ValueError, match=f"small and large must agree in {message}"):
+        check_pair(make_vit(), make_vit(**changes))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 8, 4), (3, 8, 8), (2, 3, 8, 8, 1)])
+def test_images_of_another_shape_are_refused(make_vit: MakeViT, shape: tuple[int, ...]) -> None:
+    check_images(make_vit(), torch.zeros(0, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"shape \(batch, 3, 8, 8\), got \(\d"):
+        check_images(make_vit(), torch.zeros(shape))
+
+
+def test_images_must_be_floats(make_vit: MakeViT) -> None:
+    with pytest.raises(TypeError, match=r"images must be floating point, got torch.uint8"):
+        check_images(make_vit(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -1,0 +1,1 @@
+"""The stitched model: anchors, the least-squares start, and checkpoints."""

@@ -1,0 +1,414 @@
+"""StitchedViT: two anchors, the stitches between them, and every route through both."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from snkernels.layers import StitchingLayer
+from snkernels.models import checkpoint
+from snkernels.models.anchors import (
+    Anchor,
+    check_images,
+    check_pair,
+    describe,
+    embed,
+    embed_parameters,
+    readout,
+    readout_parameters,
+    run_blocks,
+    vit_shape,
+)
+from snkernels.models.least_squares import cut_moments, solve
+from snkernels.models.vit import PlainViT
+from snkernels.progress import progress_bar
+from snkernels.routing.cost import route_flops
+from snkernels.routing.sampling import RouteSampler
+from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
+
+
+@dataclass(frozen=True)
+class ModelRoute(Route):
+    """A route and what it costs in one model.
+
+    Attributes:
+        flops: Multiply-adds for one image, low-rank parts merged.
+        parameters: Numbers held by the parameters it uses, low-rank parts included.
+    """
+
+    flops: int
+    parameters: int
+
+
+class StitchedViT(nn.Module):
+    """Two plain ViTs of one task, joined so that any route through both classifies an image.
+
+    State-dict keys are ``anchors.{0,1}.…`` (small, large) and
+    ``stitch_layers.{0,1}.{i}.transform.…`` (0 = small to large, 1 = large to small).
+
+    Args:
+        small: The small anchor: a ``PlainViT`` or a timm ``VisionTransformer``.
+        large: The large anchor; same image size, patch grid, prefix tokens and classes.
+        rank: Rank of the stitches' low-rank part; 0 leaves it out.
+        seed: Seed of the routes drawn in training.
+        gap: Multiply-adds that a group of routes of about equal cost spans; None fits it to the
+            anchors.  See ``snkernels.routing.sampling.cost_groups``.
+        tilt: Whether costly groups are drawn more often.
+        shared_draws: Whether all data-parallel ranks draw the same route; otherwise each draws its
+            own.  The rank is that of the default process group at the time of construction.
+
+    Attributes:
+        anchors: The two anchors.
+        stitch_layers: The stitches per direction, each a list over the cuts.
+        space: The routes as such, from the depths alone.
+        routes: A ``ModelRoute`` for every route, in the order of ids.
+        sampler: The ``RouteSampler`` that training draws from.
+        default_route: Id of the route that runs in eval mode when none is named; the large anchor.
+        last_route: Id of the route that ran last; None before the first.
+
+    Raises:
+        TypeError: If an anchor lacks a part; the message names it.
+        ValueError: If the anchors do not fit together, or ``rank`` is negative.
+
+    Source: Pan, Liu, He, Cai, Zhuang, "Stitched ViTs are Flexible Vision Backbones", ECCV 2024.
+    """
+
+    def __init__(
+        self,
+        small: Anchor,
+        large: Anchor,
+        rank: int = 16,
+        *,
+        seed: int = 0,
+        gap: float | None = None,
+        tilt: bool = False,
+        shared_draws: bool = False,
+    ) -> None:
+        super().__init__()
+        check_pair(small, large)
+        self.anchors = nn.ModuleList([small, large])
+        self.rank = rank
+        self.space = StitchingSpace(len(small.blocks), len(large.blocks))
+        widths = (small.embed_dim, large.embed_dim)
+        like = next(small.parameters())
+        self.stitch_layers = nn.ModuleList(
+            nn.ModuleList(
+                StitchingLayer(
+                    widths[direction],
+                    widths[1 - direction],
+                    rank,
+                    device=like.device,
+                    dtype=like.dtype,
+                )
+                for _ in range(count)
+            )
+            for direction, count in enumerate(self.space.num_stitches)
+        )
+        self.routes: tuple[ModelRoute, ...] = tuple(self._price(route) for route in self.space)
+        self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "shared": shared_draws}
+        distributed = dist.is_available() and dist.is_initialized()
+        self.sampler = RouteSampler(
+            {route.id: route.flops for route in self.routes},
+            seed=seed,
+            rank=dist.get_rank() if distributed else 0,
+            **self._sampling,
+        )
+        self.default_route = LARGE
+        self.last_route: int | None = None
+
+    @property
+    def small(self) -> Anchor:
+        """The small anchor."""
+        return self._anchor(SMALL)
+
+    @property
+    def large(self) -> Anchor:
+        """The large anchor."""
+        return self._anchor(LARGE)
+
+    def forward(self, images: Tensor, stitch: int | None = None) -> Tensor:
+        """Classify images along one route.
+
+        Args:
+            images: (batch, channels, height, width), of the anchors' dtype.
+            stitch: Id of the route.  None draws one in training, and takes ``default_route`` in
+                eval mode.
+
+        Returns:
+            Logits (batch, classes).
+
+        Raises:
+            ValueError: If no route has the id, or if the images have another shape than the
+                anchors'; the message says what they must be.
+        """
+        check_images(self.small, images)
+        if stitch is None:
+            stitch = self.sampler.draw() if self.training else self.default_route
+        route = self.space.route(operator.index(stitch))
+        self.last_route = route.id
+        return self._execute(route, images)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what fine-tuning trains: the anchors, and bias, A and B of every stitch.
+
+        The least-squares weights of the stitches are frozen, as is what the caller has frozen.
+        """
+        yield from (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def init_stitches(
+        self,
+        images: Tensor | Iterable[Tensor | Sequence[Any]],
+        *,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> None:
+        """Set every stitch to the least-squares map between the boundaries it joins.
+
+        Both anchors run once over the images, in eval mode and without gradients; the training
+        flags of all modules are restored.  B of every low-rank part is set to zero, so that each
+        stitch is the least-squares map and nothing else.  Under ``torch.distributed`` every rank
+        must call this, with images of its own: the maps fit the images of all ranks, and all ranks
+        end with the same bits in all stitches.
+
+        Args:
+            images: One tensor (n, channels, height, width), or an iterable, such as a data loader,
+                of such tensors or of sequences that begin with one, such as (images, labels).
+            batch_size: Images per forward where ``images`` is one tensor.
+            progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
+
+        Raises:
+            TypeError: If an item holds no images.
+            ValueError: If images have a wrong shape or there are none, or if tokens are not finite;
+                the stitches are then as they were.
+        """
+        items = images.split(batch_size) if isinstance(images, Tensor) else images
+        with _eval_mode(self):
+            moments = cut_moments(
+                self.small,
+                self.large,
+                self.space.cuts,
+                (
+                    self._take(item)
+                    for item in progress_bar(items, "least squares: images", progress)
+                ),
+            )
+        moments = [at_cut.gather() for at_cut in moments]
+        columns = (slice(0, self.small.embed_dim), slice(self.small.embed_dim, None))
+        stitches = [
+            Stitch(direction, index)
+            for direction, count in enumerate(self.space.num_stitches)
+            for index in range(count)
+        ]
+        solutions = [
+            solve(moments[stitch.index], columns[stitch.direction], columns[1 - stitch.direction])
+            for stitch in progress_bar(stitches, "least squares: stitches", progress)
+        ]
+        for stitch, (weight, bias) in zip(stitches, solutions, strict=True):
+            layer = self._stitch(stitch)
+            layer.set_base(weight, bias)
+            if layer.transform.lora_B is not None:
+                nn.init.zeros_(layer.transform.lora_B)
+            _broadcast(layer)
+
+    @classmethod
+    def from_snnetv2(
+        cls,
+        path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
+        num_heads: tuple[int, int] | None = None,
+    ) -> StitchedViT:
+        """Build a model from a checkpoint of the official SN-Netv2 release.
+
+        Widths, depths, rank, classes, patch and image size are inferred.  Nothing in the file is
+        executed: beside tensors and plain values only an ``argparse.Namespace`` is let in.
+
+        Args:
+            path_or_state_dict: The file, or the state dict, itself or under ``"model"``.
+            num_heads: Attention heads of the small and the large anchor, which the file does not
+                hold; None means one per 64 channels.
+
+        Raises:
+            OSError: If the file cannot be opened.
+            ValueError: If it is not such a checkpoint; the message says what is wrong.
+        """
+        official = checkpoint.read_snnetv2(path_or_state_dict, num_heads)
+        small, large = (PlainViT(**config) for config in official.anchors)
+        model = cls(small, large, official.rank)
+        checkpoint.check_tensors("the official checkpoint", official.state, model.state_dict())
+        model.load_state_dict(official.state)
+        return model
+
+    def to_snnetv2(self) -> dict[str, Tensor]:
+        """Return the state dict under the names of the official release.
+
+        Raises:
+            ValueError: If a tensor has no place in that layout; the message names it.
+        """
+        return checkpoint.to_snnetv2(self.state_dict())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights, shape and sampler state into one safetensors file, atomically.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        anchors = [
+            {**describe(vit), "arguments": getattr(vit, "config", None)} for vit in self.anchors
+        ]
+        config = {
+            "anchors": anchors,
+            "rank": self.rank,
+            "sampling": self._sampling,
+            "sampler": self.sampler.state_dict(),
+        }
+        checkpoint.write(path, self.state_dict(), config)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Load a file that ``save`` wrote into this model; dtypes and devices stay.
+
+        Raises:
+            OSError: If the file cannot be opened.
+            ValueError: If it is truncated, foreign, or of another model; this model is then as it
+                was.
+        """
+        self._fill(str(path), *checkpoint.read(path))
+
+    def _fill(self, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Take over what ``checkpoint.read`` found in ``path``, all of it or nothing."""
+        for name, vit, saved in zip(
+            ("small", "large"), self.anchors, config["anchors"], strict=True
+        ):
+            for fact, value in describe(vit).items():
+                if saved[fact] != value:
+                    raise ValueError(
+                        f"{path} does not fit this model: {fact} of its {name} anchor is "
+                        f"{saved[fact]}, here it is {value}"
+                    )
+        checkpoint.check_tensors(path, tensors, self.state_dict())
+        self.sampler.load_state_dict(config["sampler"])
+        self.load_state_dict(tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], anchors: tuple[Anchor, Anchor] | None = None
+    ) -> StitchedViT:
+        """Build a model from a file that ``save`` wrote, on the CPU, in the dtypes of the file.
+
+        Args:
+            path: The file.
+            anchors: Small and large anchor of the saved architecture, to be filled.  None builds
+                them, which needs ``PlainViT`` anchors.
+
+        Raises:
+            OSError: If the file cannot be opened.
+            TypeError: If the anchors are not ``PlainViT`` and were not given.
+            ValueError: If the file is truncated, foreign, or does not fit the anchors.
+        """
+        tensors, config = checkpoint.read(path)
+        if anchors is None:
+            if any(saved["arguments"] is None for saved in config["anchors"]):
+                kinds = " and ".join(saved["class"] for saved in config["anchors"])
+                raise TypeError(f"anchors must be given: those in {path} are {kinds}")
+            small, large = (PlainViT(**saved["arguments"]) for saved in config["anchors"])
+        else:
+            small, large = anchors
+        sampling = config["sampling"]
+        model = cls(
+            small,
+            large,
+            config["rank"],
+            gap=sampling["gap"],
+            tilt=sampling["tilt"],
+            shared_draws=sampling["shared"],
+        )
+        for key, parameter in model.named_parameters():
+            if key in tensors:
+                parameter.data = parameter.data.to(tensors[key].dtype)
+        model._fill(str(path), tensors, config)
+        return model
+
+    def _anchor(self, index: int) -> Anchor:
+        return self.anchors[index]
+
+    def _stitch(self, stitch: Stitch) -> StitchingLayer:
+        layers: Any = self.stitch_layers[stitch.direction]
+        return layers[stitch.index]
+
+    def _take(self, item: Any) -> Tensor:
+        """Return the images of a loader's item, checked, where the anchors are."""
+        images = _images_of(item)
+        check_images(self.small, images)
+        parameter = next(self.small.parameters())
+        return images.to(parameter.device, parameter.dtype)
+
+    def _execute(self, route: Route, images: Tensor) -> Tensor:
+        """Run one route: its segments in order, with a stitch between each and the next."""
+        first, *rest = route.segments
+        vit = self._anchor(first.anchor)
+        tokens = run_blocks(vit, embed(vit, images), first.start, first.stop)
+        for stitch, segment in zip(route.stitches, rest, strict=True):
+            vit = self._anchor(segment.anchor)
+            layer = self._stitch(stitch)
+            tokens, normed = layer.forward_norm(tokens, vit.blocks[segment.start].norm1)
+            tokens = run_blocks(vit, tokens, segment.start, segment.stop, normed)
+        return readout(vit, tokens)
+
+    def _price(self, route: Route) -> ModelRoute:
+        """Add to a route what it costs here."""
+        parameters = [
+            *embed_parameters(self._anchor(route.segments[0].anchor)),
+            *readout_parameters(self._anchor(route.segments[-1].anchor)),
+        ]
+        for stitch in route.stitches:
+            parameters += self._stitch(stitch).parameters()
+        for segment in route.segments:
+            blocks = self._anchor(segment.anchor).blocks
+            parameters += blocks[segment.start : segment.stop].parameters()
+        return ModelRoute(
+            route.id,
+            route.segments,
+            route.stitches,
+            flops=route_flops(route, vit_shape(self.small), vit_shape(self.large)),
+            parameters=sum(parameter.numel() for parameter in parameters),
+        )
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put all modules in eval mode, and back into the mode each one was in."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _images_of(item: Any) -> Tensor:
+    """Return the images of one item of a loader."""
+    images = item[0] if isinstance(item, Sequence) and item else item
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "images must give tensors or sequences that begin with one, such as (images, labels), "
+            f"got {type(item).__name__}"
+        )
+    return images
+
+
+def _broadcast(module: nn.Module) -> None:
+    """Give all ranks the parameters of rank 0, whose solver's last bits may differ from theirs."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    with torch.no_grad():
+        for parameter in module.parameters():
+            values = parameter.clone()
+            dist.broadcast(values, src=0)
+            parameter.copy_(values)
