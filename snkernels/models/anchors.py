@@ -177,6 +177,7 @@ def run_blocks(
         start: First block that runs.
         stop: First block that does not.
         normed: ``norm1`` of block ``start`` of the tokens, where a stitch has computed it already.
+            That block is then run part by part, so hooks on the block itself do not see it.
 
     Returns:
         The residual stream after block ``stop - 1``, (B, N, embed_dim).

@@ -1,0 +1,171 @@
+"""Anchors from timm: what such a model does by itself, every route must do too."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snkernels.models.anchors import check_anchor, vit_shape
+from snkernels.models.stitched import StitchedViT
+from snkernels.models.vit import PlainViT
+from snkernels.routing.cost import ViTShape
+
+MakeTimm = Callable[..., Any]
+
+DEIT3 = {"no_embed_class": True, "init_values": 1e-6}
+KINDS: dict[str, dict[str, Any]] = {
+    "deit3": DEIT3,
+    "augreg": {},
+    "dinov2 with registers": {"no_embed_class": True, "init_values": 1.0, "reg_tokens": 4},
+    "clip": {"pre_norm": True},
+    "mean pooling": {"global_pool": "avg", "class_token": False},
+    "mean and maximum pooling": {"global_pool": "avgmax", "pool_include_prefix": True},
+    "no position embedding": {"pos_embed": "none"},
+    "scaled norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+}
+
+
+@pytest.fixture
+def make_timm(timm: ModuleType, randomise: Callable[[nn.Module], None]) -> MakeTimm:
+    """Build a tiny timm VisionTransformer in eval mode with random parameters."""
+
+    def build(**changes: Any) -> Any:
+        sizes = {"img_size": 8, "patch_size": 4, "num_classes": 5, "num_heads": 3, "depth": 2}
+        vit = timm.models.VisionTransformer(**{**sizes, "embed_dim": 12, **changes})
+        randomise(vit)
+        return vit.eval()
+
+    return build
+
+
+def by_hand(model: StitchedViT, images: Tensor) -> Tensor:
+    """Run route 2 of depths (2, 3), S0 → L2, with timm's own forward for all but the stitch."""
+    small, large = model.anchors
+    seen: list[Tensor] = []
+    hook = small.blocks[0].register_forward_hook(lambda *call: seen.append(call[2]))
+    small(images)
+    hook.remove()
+    t = model.stitch_layers[0][0].transform
+    weight = t.weight + t.lora_B @ t.lora_A / t.lora_A.shape[0]
+    return large.forward_head(large.norm(large.blocks[2](F.linear(seen[0], weight, t.bias))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routes_of_every_kind_of_vit(
+    make_timm: MakeTimm, randomise: Callable[[nn.Module], None], kind: str
+) -> None:
+    small, large = make_timm(**KINDS[kind]), make_timm(embed_dim=24, depth=3, **KINDS[kind])
+    model = StitchedViT(small, large, rank=2).eval().double()
+    randomise(model.stitch_layers)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(images, stitch=0), small(images))
+    torch.testing.assert_close(model(images, stitch=1), large(images))
+    assert str(model.space.route(2)) == "S0 → L2"
+    torch.testing.assert_close(model(images, stitch=2), by_hand(model, images))
+    model.init_stitches(images)
+    assert model(images, stitch=2).isfinite().all()
+    assert model.routes[0].parameters == sum(p.numel() for p in small.parameters())
+
+
+def test_images_of_another_size_where_the_vits_resample(make_timm: MakeTimm) -> None:
+    dynamic = {**DEIT3, "dynamic_img_size": True}
+    small, large = make_timm(**dynamic), make_timm(embed_dim=24, depth=3, **dynamic)
+    model = StitchedViT(small, large).eval()
+    for size in ((8, 8), (12, 16)):
+        images = torch.randn(1, 3, *size)
+        torch.testing.assert_close(model(images, stitch=1), large(images))
+        assert model(images, stitch=2).shape == (1, 5)
+    with pytest.raises(ValueError, match=r"\(batch, 3, H, W multiples of 4\), got \(1, 3, 8, 9\)"):
+        model(torch.randn(1, 3, 8, 9), stitch=1)
+    with pytest.raises(ValueError, match="agree in fixed image size, got False and True"):
+        StitchedViT(small, make_timm(**DEIT3))
+    padded = {**dynamic, "dynamic_img_pad": True}
+    model = StitchedViT(make_timm(**padded), make_timm(**padded)).eval()
+    assert model(torch.randn(1, 3, 7, 9), stitch=2).shape == (1, 5)
+
+
+def test_patch_dropout_drops_in_training_only(make_timm: MakeTimm) -> None:
+    small, large = make_timm(patch_drop_rate=0.5), make_timm(patch_drop_rate=0.5, depth=3)
+    model = StitchedViT(small, large)
+    tokens: list[int] = []
+    large.blocks[2].mlp.register_forward_hook(lambda *call: tokens.append(call[2].shape[1]))
+    images = torch.randn(2, 3, 8, 8)
+    model.train()(images, stitch=1)
+    model.train()(images, stitch=2)
+    model.eval()(images, stitch=2)
+    assert tokens[0] == tokens[1] == 1 + 2
+    model.init_stitches(images)
+    assert tokens[2:] == [1 + 4, 1 + 4]
+
+
+def test_a_plain_vit_and_a_timm_vit_fit_together(
+    make_timm: MakeTimm, make_vit: Callable[..., PlainViT]
+) -> None:
+    model = StitchedViT(make_vit(depth=3, embed_dim=24), make_timm(depth=3, **DEIT3)).eval()
+    images = torch.randn(4, 3, 8, 8)
+    model.init_stitches(images)
+    torch.testing.assert_close(model(images, stitch=1), model.large(images))
+    assert model(images, stitch=2).shape == (4, 5)
+
+
+def test_prefix_tokens_must_agree(make_timm: MakeTimm) -> None:
+    with pytest.raises(ValueError, match="agree in prefix tokens, got 1 and 5"):
+        StitchedViT(make_timm(), make_timm(reg_tokens=4))
+
+
+def test_what_cannot_be_stitched_is_told_why(timm: ModuleType, make_timm: MakeTimm) -> None:
+    vision_transformer = timm.models.vision_transformer
+    for changes, message in (
+        ({"global_pool": "map"}, "has an attention pool"),
+        ({"block_fn": vision_transformer.ResPostBlock}, "must be a pre-norm block.* no ls1, ls2"),
+        ({"block_fn": vision_transformer.ParallelScalingBlock}, "no norm1, attn"),
+        ({"block_fn": vision_transformer.ParallelThingsBlock}, "no norm1, attn"),
+        ({"norm_layer": "rmsnorm"}, "LayerNorm as norm1.* has RmsNorm"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            check_anchor(make_timm(**changes), "small")
+    with pytest.raises(TypeError, match=r"large \(ResNet\) must be a plain ViT"):
+        check_anchor(timm.create_model("resnet18"), "large")
+
+
+def test_shapes_of_registers_and_gated_mlps(timm: ModuleType, make_timm: MakeTimm) -> None:
+    assert vit_shape(make_timm(reg_tokens=4)) == ViTShape(12, 2, 9, 4, 4, 3, 5, 4.0)
+    gated = make_timm(mlp_layer=timm.layers.SwiGLUPacked, mlp_ratio=64 / 12)
+    mlp = gated.blocks[0].mlp
+    matrices = mlp.fc1.weight.numel() + mlp.fc2.weight.numel()
+    assert vit_shape(gated).mlp_ratio * 2 * 12 * 12 == pytest.approx(matrices)
+
+
+def test_deit3_weights_have_a_place_in_the_official_layout(make_timm: MakeTimm) -> None:
+    model = StitchedViT(
+        make_timm(embed_dim=64, num_heads=1, **DEIT3),
+        make_timm(embed_dim=128, num_heads=2, depth=4, **DEIT3),
+    ).eval()
+    ours = StitchedViT.from_snnetv2(model.to_snnetv2()).eval()
+    assert isinstance(ours.large, PlainViT)
+    images = torch.randn(2, 3, 8, 8)
+    for route in model.routes:
+        torch.testing.assert_close(
+            ours(images, stitch=route.id), model(images, stitch=route.id), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_our_file_fills_timm_anchors(make_timm: MakeTimm, tmp_path: Path) -> None:
+    def pair(**changes: Any) -> tuple[Any, Any]:
+        return make_timm(**changes), make_timm(depth=3, **changes)
+
+    path = tmp_path / "model.safetensors"
+    model = StitchedViT(*pair()).eval()
+    model.save(path)
+    with pytest.raises(TypeError, match=r"anchors must be given: .* VisionTransformer"):
+        StitchedViT.load(path)
+    again = StitchedViT.load(path, pair()).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(images, stitch=2), model(images, stitch=2))
+    with pytest.raises(ValueError, match="act of its small anchor is GELU, here it is ReLU"):
+        StitchedViT.load(path, pair(act_layer="relu"))
