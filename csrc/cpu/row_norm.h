@@ -22,8 +22,14 @@ struct RowStatistics {
 };
 
 inline RowStatistics row_statistics(const float* y, int64_t n, float eps) {
-  const float mean =
+  const float guess =
       sum_over(n, [&](int64_t j) { return load(y + j); }, [&](int64_t j) { return y[j]; }) / n;
+  // The guess is off by the rounding of a sum n times as large as a value. What is left about it
+  // is small, and corrects both.
+  const float off = sum_over(n, [&](int64_t j) { return load(y + j) - guess; },
+                             [&](int64_t j) { return y[j] - guess; }) /
+                    n;
+  const float mean = guess + off;
   const float variance = sum_over(
                              n,
                              [&](int64_t j) {

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(WARP* ROWS_PER_BLOCK)
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {
     const int j = i * WARP + lane;
-    value[i] = j < cols ? to_float(gemm[start + j]) + bias.at(j, 0.0f) : 0.0f;
+    // Rounded before the statistics: LN of the y that is returned, which the backward starts from.
+    value[i] = j < cols ? to_float(from_float<T>(to_float(gemm[start + j]) + bias.at(j, 0.0f))) : 0;
     total += value[i];
   }
   const float mean = warp_sum(total) / cols;

@@ -188,7 +188,8 @@ def stitch_layer_norm(
     """Projects tokens to the other anchor's width and normalises them for its entry block.
 
     y is that of :func:`snkernels.ops.stitch`; LN(y) = (y − mean) / √(var + eps) · norm_weight +
-    norm_bias over the last dimension, with fp32 two-pass statistics (fp64 for fp64).
+    norm_bias over the last dimension of the y that is returned, with fp32 two-pass statistics
+    (fp64 for fp64).
 
     Args:
         x: tokens, (..., in), float16, bfloat16, float32 or float64.

@@ -1,0 +1,132 @@
+"""The ops under test: how each is called, what eager torch would do, and on which shapes.
+
+An op that is added to OPS is judged by every test of test_every_op.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from snkernels.ops import stitch, stitch_layer_norm
+
+Tensors = dict[str, Tensor]
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    M: int
+    K: int
+    N: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"M{self.M}-K{self.K}-N{self.N}-r{self.r}"
+
+
+SHAPES = [
+    Shape(50, 100, 200, 16),
+    Shape(7, 33, 65, 4),
+    Shape(1, 1, 1, 1),
+    Shape(130, 40, 24, 0),
+    Shape(19, 64, 30, 128),
+    Shape(300, 270, 40, 20),  # more rows and columns than one block of the sums over K and M
+]
+
+
+@dataclass(frozen=True)
+class Op:
+    """``call`` and ``eager`` take the tensors by name and the scaling, and return a tuple."""
+
+    call: Callable[[Tensors, float], tuple[Tensor, ...]]
+    eager: Callable[[Tensors, float], tuple[Tensor, ...]]
+    vectors: tuple[str, ...]
+
+
+def _stitch(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    return (stitch(t["x"], t["weight"], t.get("bias"), t.get("lora_A"), t.get("lora_B"), scaling),)
+
+
+def _eager_stitch(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    x = t["x"]
+    p = {name: value.to(x.dtype) for name, value in t.items()}
+    y = F.linear(x, p["weight"], p.get("bias"))
+    if "lora_A" in p:
+        y = y + x @ p["lora_A"].t() @ p["lora_B"].t() * scaling
+    return (y,)
+
+
+def _stitch_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    return stitch_layer_norm(
+        t["x"],
+        t["weight"],
+        t.get("bias"),
+        t.get("lora_A"),
+        t.get("lora_B"),
+        scaling,
+        t.get("norm_weight"),
+        t.get("norm_bias"),
+        EPS,
+    )
+
+
+def _eager_stitch_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    (y,) = _eager_stitch(t, scaling)
+    affine = (t[name].to(y.dtype) if name in t else None for name in ("norm_weight", "norm_bias"))
+    return y, F.layer_norm(y, y.shape[-1:], *affine, EPS)
+
+
+OPS = {
+    "stitch": Op(_stitch, _eager_stitch, ("bias",)),
+    "stitch_layer_norm": Op(
+        _stitch_layer_norm, _eager_stitch_layer_norm, ("bias", "norm_weight", "norm_bias")
+    ),
+}
+
+
+def make(
+    op: Op, shape: Shape, dtype: torch.dtype, parameter_dtype: torch.dtype | None = None
+) -> Tensors:
+    """Random arguments of sizes as in a trained model; lora_B is not zero, or it would hide A."""
+    parameter_dtype = parameter_dtype or dtype
+    tensors = {
+        "x": torch.randn(shape.M, shape.K).to(dtype),
+        "weight": (torch.randn(shape.N, shape.K) * shape.K**-0.5).to(parameter_dtype),
+    }
+    for name in op.vectors:
+        tensors[name] = torch.randn(shape.N).to(parameter_dtype)
+    if shape.r:
+        tensors["lora_A"] = (torch.randn(shape.r, shape.K) * shape.K**-0.5).to(parameter_dtype)
+        tensors["lora_B"] = torch.randn(shape.N, shape.r).to(parameter_dtype)
+    return tensors
+
+
+def run(
+    function: Callable[[Tensors, float], tuple[Tensor, ...]],
+    tensors: Tensors,
+    *,
+    dtype: torch.dtype | None = None,
+    wanted: tuple[str, ...] | None = None,
+) -> Tensors:
+    """Outputs and gradients by name, of a loss that weighs every output value differently."""
+    leaves = {
+        name: value.detach()
+        .to(dtype or value.dtype)
+        .requires_grad_(wanted is None or name in wanted)
+        for name, value in tensors.items()
+    }
+    outputs = function(leaves, 0.25)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    differentiable = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    grads = torch.autograd.grad(
+        [o for o, _ in differentiable],
+        [leaves[name] for name in names],
+        [w for _, w in differentiable],
+    )
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return results | {f"grad of {name}": grad for name, grad in zip(names, grads, strict=True)}

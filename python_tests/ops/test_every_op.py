@@ -1,0 +1,244 @@
+"""What every op must hold on every backend (see cases.py for the ops and shapes).
+
+Triton runs under its interpreter here. That shows neither bf16 arithmetic, which it gets wrong
+without a word, nor races: both wait for a GPU, so bf16 is left out for that backend.
+"""
+
+import itertools
+
+import pytest
+import torch
+from cases import OPS, SHAPES, Op, Shape, make, run
+from judge import assert_as_exact_as_torch
+
+from snkernels.backends import use_backend
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MIDDLE = Shape(50, 100, 200, 16)
+
+
+@pytest.fixture(params=OPS.values(), ids=OPS.keys())
+def op(request: pytest.FixtureRequest) -> Op:
+    return request.param
+
+
+def skip_what_the_interpreter_gets_wrong(backend: str, *dtypes: torch.dtype | None) -> None:
+    if backend == "triton" and torch.bfloat16 in dtypes:
+        pytest.skip("Triton's interpreter multiplies bf16 as raw bits; needs a GPU")
+
+
+def judge(op: Op, tensors: dict[str, torch.Tensor], wanted: tuple[str, ...] | None = None) -> None:
+    actual = run(op.call, tensors, wanted=wanted)
+    eager = run(op.eager, tensors, wanted=wanted)
+    exact = run(op.eager, tensors, dtype=torch.float64, wanted=wanted)
+    assert actual.keys() == exact.keys()
+    for name in exact:
+        assert actual[name].dtype == eager[name].dtype, name
+        assert_as_exact_as_torch(name, actual[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_exact_as_torch(op: Op, backend: str, shape: Shape, dtype: torch.dtype) -> None:
+    skip_what_the_interpreter_gets_wrong(backend, dtype)
+    judge(op, make(op, shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"),
+    [p for p in itertools.product(DTYPES, DTYPES) if p[0] != p[1]],
+    ids=str,
+)
+def test_mixed_dtypes(
+    op: Op, backend: str, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> None:
+    skip_what_the_interpreter_gets_wrong(backend, dtype, parameter_dtype)
+    judge(op, make(op, MIDDLE, dtype, parameter_dtype))
+
+
+def test_optional_arguments(op: Op, backend: str) -> None:
+    """Every subset of the optional vectors, with and without the low-rank part."""
+    tensors = make(op, Shape(20, 30, 40, 5), torch.float32)
+    for count in range(len(op.vectors) + 1):
+        for absent in itertools.combinations(op.vectors, count):
+            for low_rank in ((), ("lora_A", "lora_B")):
+                judge(op, {n: t for n, t in tensors.items() if n not in absent + low_rank})
+
+
+def test_only_the_gradients_that_are_asked_for(op: Op, backend: str) -> None:
+    tensors = make(op, MIDDLE, torch.float32)
+    for name in tensors:
+        judge(op, tensors, wanted=(name,))
+    judge(op, tensors, wanted=tuple(name for name in tensors if name != "weight"))
+
+
+def test_two_widths_in_one_process(op: Op, backend: str) -> None:
+    for shape in (Shape(20, 48, 80, 8), Shape(20, 80, 48, 8), Shape(20, 48, 80, 8)):
+        judge(op, make(op, shape, torch.float32))
+
+
+def test_strides(op: Op, backend: str) -> None:
+    """Transposed, sliced and expanded tensors, none of them contiguous."""
+    tensors = make(op, MIDDLE, torch.float32)
+    strided = {
+        name: value.t().contiguous().t() if value.dim() == 2 else value.repeat_interleave(2)[::2]
+        for name, value in tensors.items()
+    }
+    assert not any(value.is_contiguous() for value in strided.values())
+    judge(op, strided)
+    judge(op, tensors | {"x": torch.randn(MIDDLE.M, 2 * MIDDLE.K)[:, ::2]})
+    judge(op, tensors | {"x": torch.randn(1, MIDDLE.K).expand(MIDDLE.M, -1)})
+
+
+def test_leading_dimensions(op: Op, backend: str) -> None:
+    tensors = make(op, Shape(24, 30, 40, 4), torch.float32)
+    flat = op.call(tensors, 0.25)
+    shaped = op.call(tensors | {"x": tensors["x"].view(2, 3, 4, 30)}, 0.25)
+    single = op.call(tensors | {"x": tensors["x"][0]}, 0.25)
+    for a, b, c in zip(flat, shaped, single, strict=True):
+        assert b.shape == (2, 3, 4, 40)
+        assert c.shape == (40,)
+        assert torch.equal(a, b.view(24, 40))
+        torch.testing.assert_close(c, a[0])
+
+
+def test_no_rows(op: Op, backend: str) -> None:
+    results = run(op.call, make(op, Shape(0, 30, 40, 4), torch.float32))
+    for name, value in results.items():
+        assert name in ("grad of x",) or name.startswith("output") or not value.any(), name
+    assert results["output 0"].shape == (0, 40)
+
+
+def test_rank_zero_tensors(op: Op, backend: str) -> None:
+    tensors = make(op, Shape(20, 30, 40, 0), torch.float32)
+    plain = op.call(tensors, 0.25)
+    empty = op.call(tensors | {"lora_A": torch.empty(0, 30), "lora_B": torch.empty(40, 0)}, 0.25)
+    for a, b in zip(plain, empty, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_with_a_large_mean(op: Op, backend: str) -> None:
+    """E[x²] − E[x]² would lose the variance here."""
+    tensors = make(op, MIDDLE, torch.float32)
+    judge(op, tensors | {"bias": tensors["bias"] + 1000})
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(op: Op, backend: str, autocast_dtype: torch.dtype) -> None:
+    """fp32 arguments: outputs in autocast's dtype, gradients in fp32, like a linear layer's."""
+    skip_what_the_interpreter_gets_wrong(backend, autocast_dtype)
+
+    def under_autocast(tensors: dict[str, torch.Tensor], scaling: float) -> tuple:
+        with torch.autocast("cpu", autocast_dtype):
+            return op.call(tensors, scaling)
+
+    def eager(tensors: dict[str, torch.Tensor], scaling: float) -> tuple:
+        return op.eager(tensors | {"x": tensors["x"].to(autocast_dtype)}, scaling)
+
+    tensors = make(op, MIDDLE, torch.float32)
+    actual, same = run(under_autocast, tensors), run(eager, tensors)
+    exact = run(op.eager, tensors, dtype=torch.float64)
+    for name, value in actual.items():
+        wanted = autocast_dtype if name.startswith("output") else torch.float32
+        assert value.dtype == wanted, name
+        assert_as_exact_as_torch(name, value, same[name], exact[name])
+
+
+def test_autocast_leaves_fp64_alone(op: Op) -> None:
+    tensors = make(op, Shape(20, 30, 40, 4), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(output.dtype == torch.float64 for output in op.call(tensors, 0.25))
+
+
+def test_same_bits_twice_and_arguments_untouched(op: Op, backend: str) -> None:
+    tensors = make(op, Shape(300, 50, 70, 8), torch.float32)
+    before = {name: value.clone() for name, value in tensors.items()}
+    first, second = run(op.call, tensors), run(op.call, tensors)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    for name, value in tensors.items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_saved_tensors_and_incoming_gradients_are_not_written_to(op: Op, backend: str) -> None:
+    tensors = {n: t.requires_grad_() for n, t in make(op, MIDDLE, torch.float32).items()}
+    outputs = op.call(tensors, 0.25)
+    incoming = [torch.randn_like(output) for output in outputs]
+    copies = [t.clone() for t in (*outputs, *incoming)]
+    first = torch.autograd.grad(outputs, list(tensors.values()), incoming, retain_graph=True)
+    second = torch.autograd.grad(outputs, list(tensors.values()), incoming)
+    for a, b in zip((*outputs, *incoming, *first), (*copies, *second), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_each_output_may_be_unused(op: Op, backend: str) -> None:
+    tensors = make(op, MIDDLE, torch.float32)
+    for i in range(len(op.call(tensors, 0.25))):
+        leaves = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        expected = {n: t.clone().requires_grad_() for n, t in tensors.items()}
+        op.call(leaves, 0.25)[i].square().sum().backward()
+        op.eager(expected, 0.25)[i].square().sum().backward()
+        for name, leaf in leaves.items():
+            if expected[name].grad is None:
+                assert leaf.grad is None, name
+            else:
+                torch.testing.assert_close(leaf.grad, expected[name].grad, rtol=1e-4, atol=1e-3)
+
+
+def test_gradcheck(op: Op) -> None:
+    tensors = make(op, Shape(5, 4, 6, 2), torch.float64)
+    names = list(tensors)
+    leaves = [tensors[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(
+        lambda *values: op.call(dict(zip(names, values, strict=True)), 0.25), leaves
+    )
+
+
+def test_a_second_derivative_is_refused(op: Op, backend: str) -> None:
+    tensors = {n: t.requires_grad_() for n, t in make(op, MIDDLE, torch.float32).items()}
+    (grad,) = torch.autograd.grad(
+        op.call(tensors, 0.25)[0].square().sum(), [tensors["x"]], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_whole(op: Op, compiler: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    tensors = make(op, MIDDLE, torch.float32)
+    for backend in ("torch", "cpu"):
+        torch.compiler.reset()
+        compiled = torch.compile(op.call, fullgraph=True, backend=compiler)
+        with use_backend(backend):
+            expected, actual = run(op.call, tensors), run(compiled, tensors)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(50, 99)}, r"x must have shape \(\.\.\., 100\).*\(50, 99\)"),
+        ({"x": torch.ones(50, 100, dtype=torch.int64)}, r"x must be float16.*int64"),
+        ({"weight": torch.randn(200)}, r"weight must have shape \(any, any\).*\(200,\)"),
+        ({"bias": torch.randn(199)}, r"bias must have shape \(200\).*\(199,\)"),
+        ({"bias": torch.ones(200, dtype=torch.int32)}, r"bias must be a floating.*int32"),
+        ({"lora_A": torch.randn(16, 99)}, r"lora_A must have shape \(any, 100\).*\(16, 99\)"),
+        ({"lora_B": torch.randn(200, 15)}, r"lora_B must have shape \(200, 16\).*\(200, 15\)"),
+        ({"lora_B": None}, "lora_A is given and lora_B is not"),
+        ({"lora_A": torch.randn(16, 100, device="meta")}, "lora_A must be on cpu.*meta"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(op: Op, change: dict, message: str) -> None:
+    tensors = make(op, MIDDLE, torch.float32) | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        op.call(tensors, 0.25)
+
+
+def test_scaling_that_is_no_number(op: Op) -> None:
+    with pytest.raises(ValueError, match="scaling must be a number"):
+        op.call(make(op, MIDDLE, torch.float32), float("nan"))

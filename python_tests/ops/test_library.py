@@ -1,0 +1,97 @@
+"""The library ops themselves, below autograd: torch's own checker, threads, forced backends."""
+
+import pytest
+import torch
+from cases import OPS, Shape, make
+
+from snkernels import backends
+from snkernels.kernels import native
+from snkernels.ops import stitch
+from snkernels.ops.library import OFFERED
+
+SHAPE = Shape(20, 30, 40, 4)
+
+
+def arguments(dtype: torch.dtype) -> dict[str, tuple]:
+    t = make(OPS["stitch_layer_norm"], SHAPE, dtype)
+    operands = (t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"])
+    norm = (t["norm_weight"], t["norm_bias"])
+    grad = torch.randn(SHAPE.M, SHAPE.N).to(dtype)
+    y, _, mean, rstd = torch.ops.snkernels.stitch_layer_norm(*operands, 0.5, *norm, 1e-6)
+    return {
+        "stitch": (*operands, 0.5),
+        "stitch_backward": (grad, *operands, 0.5, [True, False, True, True, True]),
+        "stitch_layer_norm": (*operands, 0.5, *norm, 1e-6),
+        "stitch_layer_norm_backward": (
+            *(None, grad, *operands, 0.5, y, mean, rstd, *norm),
+            [True, False, True, True, True, True, True],
+        ),
+    }
+
+
+def test_every_op_has_arguments_here() -> None:
+    assert arguments(torch.float32).keys() == OFFERED.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(OFFERED))
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
+    if backend == "cpu" and dtype == torch.float64:
+        backend = "torch"
+    with backends.use_backend(backend):
+        torch.library.opcheck(getattr(torch.ops.snkernels, name).default, arguments(dtype)[name])
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        with backends.use_backend("cpu"):
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                torch.manual_seed(0)
+                outputs = []
+                for name, args in arguments(torch.float32).items():
+                    out = getattr(torch.ops.snkernels, name)(*args)
+                    outputs += [out] if isinstance(out, torch.Tensor) else list(out)
+                results.append(outputs)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_forced_backend_that_cannot_serve_says_why() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3)
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="stitch has only: torch"):
+        stitch(x, weight)
+    with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="not float64"):
+        stitch(x.double(), weight.double())
+    with pytest.raises(ValueError, match=r"backend must be one of torch, cpu.*'gpu'"):
+        backends.use_backend("gpu").__enter__()
+    assert backends.forced_backend() is None
+
+
+def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "IMPORT_ERROR", "no such file")
+    monkeypatch.setattr(backends, "PROVEN", {("stitch", "cpu"): ("cpu", "a record")})
+    backends.choose.cache_clear()
+    try:
+        choice = backends.choose("stitch", ("torch", "cpu"), "cpu", torch.float32)
+        assert choice.backend == "torch"
+        assert "no such file" in choice.reason
+        assert stitch(torch.randn(4, 3), torch.randn(5, 3)).shape == (4, 5)
+    finally:
+        backends.choose.cache_clear()
+
+
+def test_the_pointer_face_refuses_what_it_would_misread() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3)
+    with pytest.raises(ValueError, match=r"lora_B must have shape \(5, 2\)"):
+        native.stitch_forward(x, weight, None, torch.randn(2, 3), torch.randn(5, 1), 1.0)
+    with pytest.raises(ValueError, match=r"x must have shape \(4, 3\)"):
+        native.stitch_forward(torch.randn(4, 2), weight, None, None, None, 1.0)
+    with pytest.raises(TypeError, match="bias must be float32"):
+        native.stitch_forward(x, weight, torch.zeros(5).double(), None, None, 1.0)
