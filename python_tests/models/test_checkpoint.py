@@ -24,6 +24,7 @@ def official_state(
     classes: int = 5,
     patch: int = 4,
     side: int = 2,
+    hidden: int = 4,
 ) -> State:
     """Return a state dict in the official layout in which every value matters."""
     state: State = {}
@@ -47,8 +48,8 @@ def official_state(
             linear(f"{block}.attn.qkv", 3 * d, d)
             linear(f"{block}.attn.proj", d, d)
             norm(f"{block}.norm2", d)
-            linear(f"{block}.mlp.fc1", 4 * d, d)
-            linear(f"{block}.mlp.fc2", d, 4 * d)
+            linear(f"{block}.mlp.fc1", hidden * d, d)
+            linear(f"{block}.mlp.fc2", d, hidden * d)
             state[f"{block}.gamma_1"] = 0.5 + torch.rand(d)
             state[f"{block}.gamma_2"] = 0.5 + torch.rand(d)
         norm(f"anchors.{a}.norm", d)
@@ -178,6 +179,16 @@ def test_the_shape_is_inferred(widths: tuple[int, int]) -> None:
     assert model.large.patch_embed.img_size == (6, 6)
 
 
+def test_biases_and_hidden_widths_are_inferred() -> None:
+    state = official_state((2, 2), hidden=2)
+    for key in [key for key in state if key.endswith("attn.qkv.bias")]:
+        del state[key]
+    model = StitchedViT.from_snnetv2(state)
+    assert model.small.blocks[0].attn.qkv.bias is None
+    assert model.large.blocks[0].mlp.fc1.out_features == 2 * 128
+    assert model.to_snnetv2().keys() == state.keys()
+
+
 def test_heads_can_be_given() -> None:
     state = official_state((2, 2), (48, 64))
     with pytest.raises(ValueError, match=r"num_heads must be given: anchors.0 is 48 wide"):
@@ -248,7 +259,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path, kind: str) -> None:
         {
             "truncated": whole[: len(whole) // 2],
             "text": b"not a checkpoint at all",
-            "plain pickle": pickle.dumps({"model": {}}, protocol=4),
+            "plain pickle": pickle.dumps({"model": {}}, protocol=2),
             "empty": b"",
         }[kind]
     )

@@ -97,8 +97,9 @@ def test_fewer_rows_than_channels_gives_the_least_norm() -> None:
 
 def test_constant_channels_get_no_weight() -> None:
     """The rounding of a mean is no signal, however small the spread that it leaves."""
-    x = torch.randn(300, 6)
+    x = torch.randn(300, 6, dtype=torch.float64)
     x[:, 2], x[:, 4] = 0.0, 1234.567
+    assert Moments.of(x[:7]).centred[4, 4] > 0
     y = torch.randn(300, 4)
     weight, bias = fit(x, y, batch=7)
     assert (weight[:, [2, 4]] == 0).all()

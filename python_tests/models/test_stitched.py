@@ -125,11 +125,10 @@ def test_routes_say_what_they_are_and_cost(make: Make) -> None:
 
 def test_published_costs_of_deit3_small_and_large() -> None:
     with torch.device("meta"):
-        model = StitchedViT(
-            PlainViT(embed_dim=384, depth=12, num_heads=6),
-            PlainViT(embed_dim=1024, depth=24, num_heads=16),
-            64,
-        )
+        small = PlainViT(embed_dim=384, depth=12, num_heads=6)
+        large = PlainViT(embed_dim=1024, depth=24, num_heads=16)
+    model = StitchedViT(small, large, 64)
+    assert all(p.is_meta for p in model.parameters())
     flops = {route.id: route.flops for route in model.routes}
     assert len(flops) == 134
     # From the release's table for ImageNet.
@@ -196,6 +195,11 @@ def test_anchors_that_do_not_fit_are_refused(make_vit: Callable[..., PlainViT]) 
         StitchedViT(make_vit(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="rank must be at least 0"):
         StitchedViT(make_vit(), make_vit(), rank=-1)
+
+
+def test_stitches_have_the_anchors_dtype(make_vit: Callable[..., PlainViT]) -> None:
+    model = StitchedViT(make_vit().double(), make_vit().double())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_rank_zero_has_no_low_rank_part(make: Make) -> None:

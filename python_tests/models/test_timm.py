@@ -67,9 +67,13 @@ def test_routes_of_every_kind_of_vit(
     torch.testing.assert_close(model(images, stitch=1), large(images))
     assert str(model.space.route(2)) == "S0 → L2"
     torch.testing.assert_close(model(images, stitch=2), by_hand(model, images))
+    model(images, stitch=2).square().sum().backward()
+    trained = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    frozen = model.stitch_layers[0][0].transform.weight.numel()
+    assert model.routes[2].parameters == trained + frozen
+    assert model.routes[0].parameters == sum(p.numel() for p in small.parameters())
     model.init_stitches(images)
     assert model(images, stitch=2).isfinite().all()
-    assert model.routes[0].parameters == sum(p.numel() for p in small.parameters())
 
 
 def test_images_of_another_size_where_the_vits_resample(make_timm: MakeTimm) -> None:
