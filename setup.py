@@ -15,6 +15,7 @@ class CMakeBuild(build_ext):
     """Hands the one extension over to CMakeLists.txt, which decides what goes into it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configure and build; the module lands where setuptools expects it."""
         import pybind11
 
         cuda = os.environ.get("SNKERNELS_CUDA", "AUTO").upper()

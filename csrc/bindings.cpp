@@ -92,6 +92,26 @@ void bind_cpu(py::module_& m) {
                                           grad_normed, y, mean, rstd, norm_weight,
                                           grad_norm_weight, grad_norm_bias});
         });
+  m.def("residual_layer_norm_forward",
+        [](View h, View branch, View layer_scale, View drop_path_scale, int64_t rows_per_scale,
+           View norm_weight, View norm_bias, float eps, View sum, View normed, View mean, View rstd,
+           int threads) {
+          run_cpu(kernels().residual_layer_norm_forward,
+                  ResidualLayerNormForward{h, branch, layer_scale, drop_path_scale, rows_per_scale,
+                                           norm_weight, norm_bias, eps, sum, normed, mean, rstd,
+                                           threads});
+        });
+  m.def("residual_layer_norm_backward",
+        [](View grad_sum, View grad_normed, View branch, View layer_scale, View drop_path_scale,
+           int64_t rows_per_scale, View sum, View mean, View rstd, View norm_weight, View grad_h,
+           View grad_branch, View grad_layer_scale, View grad_norm_weight, View grad_norm_bias,
+           int threads) {
+          run_cpu(kernels().residual_layer_norm_backward,
+                  ResidualLayerNormBackward{grad_sum, grad_normed, branch, layer_scale,
+                                            drop_path_scale, rows_per_scale, sum, mean, rstd,
+                                            norm_weight, grad_h, grad_branch, grad_layer_scale,
+                                            grad_norm_weight, grad_norm_bias, threads});
+        });
 }
 
 #ifdef SNK_WITH_CUDA

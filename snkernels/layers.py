@@ -1,4 +1,4 @@
-"""Drop-in layers on the ops. State-dict keys and shapes are those of the official SN-Netv2 layer."""
+"""Drop-in layers on the ops, with the state-dict keys and shapes of the official SN-Netv2 layer."""
 
 import math
 from typing import Any
@@ -59,8 +59,8 @@ class _Merged:
     """
 
     def __init__(self, sources: tuple[Tensor, Tensor, Tensor], scaling: float) -> None:
-        self.sources = tuple(source.detach().clone() for source in sources)
-        self.weight = merged_weight(*self.sources, scaling)
+        weight, lora_A, lora_B = self.sources = tuple(s.detach().clone() for s in sources)
+        self.weight = merged_weight(weight, lora_A, lora_B, scaling)
 
     def made_from(self, sources: tuple[Tensor, Tensor, Tensor]) -> bool:
         return all(
@@ -74,9 +74,9 @@ class StitchingLayer(nn.Module):
 
     Parameters are ``transform.weight`` (frozen), ``transform.bias``, ``transform.lora_A`` and
     ``transform.lora_B``, never merged. In inference on the CPU (eval mode, no gradients) the merged
-    weight is kept as a cache beside them and compared with them at each use, so no order of loading,
-    training, copying and saving can make it contradict them. A GPU would have to wait for the
-    comparison, and runs the low-rank part instead.
+    weight is kept as a cache beside them and compared with them at each use, so no order of
+    loading, training, copying and saving can make it contradict them. A GPU would have to wait for
+    the comparison, and runs the low-rank part instead.
 
     Args:
         in_features: width of the anchor that is left.

@@ -3,15 +3,22 @@
 #include "cpu/kernels.h"
 
 // Every op file is compiled once per instruction set, into a namespace of that name.
-#define SNK_DECLARE_ISA(isa)                                                \
-  namespace snk::cpu::isa {                                                 \
-  Status stitch_forward(const StitchForward&);                              \
-  Status stitch_backward(const StitchBackward&);                            \
-  Status stitch_layer_norm_forward(const StitchLayerNormForward&);          \
-  Status stitch_layer_norm_backward(const StitchLayerNormBackward&);        \
-  constexpr Kernels table{stitch_forward, stitch_backward,                  \
-                          stitch_layer_norm_forward,                        \
-                          stitch_layer_norm_backward};                      \
+#define SNK_DECLARE_ISA(isa)                                             \
+  namespace snk::cpu::isa {                                              \
+  Status stitch_forward(const StitchForward&);                           \
+  Status stitch_backward(const StitchBackward&);                         \
+  Status stitch_layer_norm_forward(const StitchLayerNormForward&);       \
+  Status stitch_layer_norm_backward(const StitchLayerNormBackward&);     \
+  Status residual_layer_norm_forward(const ResidualLayerNormForward&);   \
+  Status residual_layer_norm_backward(const ResidualLayerNormBackward&); \
+  constexpr Kernels table{                                               \
+      stitch_forward,                                                    \
+      stitch_backward,                                                   \
+      stitch_layer_norm_forward,                                         \
+      stitch_layer_norm_backward,                                        \
+      residual_layer_norm_forward,                                       \
+      residual_layer_norm_backward,                                      \
+  };                                                                     \
   }
 
 SNK_DECLARE_ISA(portable)

@@ -10,6 +10,8 @@ struct Kernels {
   Status (*stitch_backward)(const StitchBackward&);
   Status (*stitch_layer_norm_forward)(const StitchLayerNormForward&);
   Status (*stitch_layer_norm_backward)(const StitchLayerNormBackward&);
+  Status (*residual_layer_norm_forward)(const ResidualLayerNormForward&);
+  Status (*residual_layer_norm_backward)(const ResidualLayerNormBackward&);
 };
 
 // The kernels of the instruction set in use.

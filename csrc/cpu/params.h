@@ -35,4 +35,24 @@ struct StitchLayerNormBackward {
   View grad_norm_weight, grad_norm_bias;
 };
 
+// sum = h + layer_scale · drop_path_scale · branch, and LN(sum). `drop_path_scale` has one value
+// for every `rows_per_scale` rows. Absent scales are 1.
+struct ResidualLayerNormForward {
+  View h, branch, layer_scale, drop_path_scale;
+  int64_t rows_per_scale;
+  View norm_weight, norm_bias;
+  float eps;
+  View sum, normed, mean, rstd;
+  int threads;
+};
+
+// Either incoming gradient may be absent.
+struct ResidualLayerNormBackward {
+  View grad_sum, grad_normed, branch, layer_scale, drop_path_scale;
+  int64_t rows_per_scale;
+  View sum, mean, rstd, norm_weight;
+  View grad_h, grad_branch, grad_layer_scale, grad_norm_weight, grad_norm_bias;
+  int threads;
+};
+
 }  // namespace snk::cpu

@@ -2,24 +2,13 @@
 #pragma once
 
 #include "cpu/gemm.h"
-#include "cpu/row_norm.h"
+#include "cpu/rows.h"
 
 namespace snk::cpu::SNK_ISA {
 
 // Views of scratch memory.
 inline View f32_matrix(float* data, int64_t rows, int64_t cols) {
   return {data, DType::f32, rows, cols, cols, 1};
-}
-
-// A vector argument in fp32, or null where it was not given. False when there is no memory.
-inline bool read_vector(const View& view, Scratch& scratch, const float** out) {
-  *out = nullptr;
-  if (!view) return true;
-  float* values = scratch.take(view.cols);
-  if (values == nullptr) return view.cols == 0;
-  read_row(view, 0, values);
-  *out = values;
-  return true;
 }
 
 // W + scaling · B A in fp32, or W itself where there is no low-rank part.
@@ -60,32 +49,6 @@ Status stitch_rows(const StitchForward& p, Epilogue epilogue) {
   if (status != Status::ok) return status;
   const Product products[] = {{p.x, p.weight}, {S, p.lora_B}};
   return gemm(products, 2, p.threads, packed, epilogue);
-}
-
-// The sums over rows that become the gradients of vectors: rows are cut into blocks whose number
-// does not depend on the threads, each block is summed in order, then the blocks are.
-constexpr int64_t ROW_BLOCKS = 64;
-
-// row(index, block) for all rows, in order within a block, the blocks shared by the threads.
-template <typename Row>
-inline void for_row_blocks(int64_t rows, int threads, Row row) {
-  const int64_t height = ceil_div(rows, ROW_BLOCKS);
-#pragma omp parallel for num_threads(threads)
-  for (int64_t block = 0; block < ROW_BLOCKS; ++block)
-    for (int64_t i = block * height; i < smaller(rows, (block + 1) * height); ++i) row(i, block);
-}
-
-// Writes Σ over blocks of partial[block · stride + j] to the vector `out`, if it is wanted.
-inline void write_block_sums(const float* partial, int64_t stride, const View& out) {
-  if (!out) return;
-  with_type(out.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t j = 0; j < out.cols; ++j) {
-      float total = 0;
-      for (int64_t block = 0; block < ROW_BLOCKS; ++block) total += partial[block * stride + j];
-      static_cast<T*>(out.data)[j * out.col_stride] = from_float<T>(total);
-    }
-  });
 }
 
 // All gradients of a stitch but the bias's, which comes with the sums over rows.

@@ -1,9 +1,8 @@
 // The LayerNorm part of stitch_layer_norm with both outputs: one warp holds a row in registers, so
 // the row is read once and the variance is taken about the true mean.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "cuda/number.h"
 
 namespace snk::cuda {
 namespace {
@@ -13,40 +12,10 @@ constexpr int ROWS_PER_BLOCK = 4;
 // Values per lane: a warp holds rows of up to 32 · 64 = 2048 values.
 constexpr int MAX_VALUES = 64;
 
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
 __device__ float warp_sum(float x) {
   for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
   return x;
 }
-
-// A vector argument of any of the three formats; few bytes beside the rows.
-struct Vector {
-  const void* data;
-  DType dtype;
-  __device__ float at(int j, float if_absent) const {
-    if (data == nullptr) return if_absent;
-    if (dtype == DType::f16) return to_float(static_cast<const __half*>(data)[j]);
-    if (dtype == DType::bf16) return to_float(static_cast<const __nv_bfloat16*>(data)[j]);
-    return static_cast<const float*>(data)[j];
-  }
-};
 
 template <typename T, int VALUES>
 __global__ void __launch_bounds__(WARP* ROWS_PER_BLOCK)
@@ -117,18 +86,14 @@ cudaError_t launch_for_width(const BiasLayerNorm& p) {
 
 int bias_layer_norm(const BiasLayerNorm& p) {
   if (p.gemm.rows == 0 || p.gemm.cols == 0) return cudaSuccess;
-  int previous;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error != cudaSuccess) return error;
-  error = cudaSetDevice(p.device);
-  if (error != cudaSuccess) return error;
-  switch (p.gemm.dtype) {
-    case DType::f32: error = launch_for_width<float>(p); break;
-    case DType::f16: error = launch_for_width<__half>(p); break;
-    case DType::bf16: error = launch_for_width<__nv_bfloat16>(p); break;
-  }
-  const cudaError_t restored = cudaSetDevice(previous);
-  return error != cudaSuccess ? error : restored;
+  return on_device(p.device, [&] {
+    switch (p.gemm.dtype) {
+      case DType::f32: return launch_for_width<float>(p);
+      case DType::f16: return launch_for_width<__half>(p);
+      case DType::bf16: return launch_for_width<__nv_bfloat16>(p);
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 int device_count() {
