@@ -50,9 +50,13 @@ def stitch(
 
 
 def layer_norm(
-    y: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LN(y) over the last dimension in the dtype of y, and the fp32 mean and 1/σ of each row."""
+    """LN(y) over the last dimension in a dtype, or y's own; fp32 mean and 1/σ of each row."""
     wide = torch.promote_types(y.dtype, torch.float32)
     values = y.to(wide)
     mean = values.mean(-1, keepdim=True)
@@ -62,7 +66,7 @@ def layer_norm(
         normed = normed * norm_weight.to(wide)
     if norm_bias is not None:
         normed = normed + norm_bias.to(wide)
-    return normed.to(y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(dtype or y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def stitch_backward(
@@ -109,3 +113,37 @@ def layer_norm_backward(
         - normalized * (weighted * normalized).mean(-1, keepdim=True)
     )
     return grad_y, (grad * normalized).sum(0), grad.sum(0)
+
+
+def residual(
+    h: Tensor, branch: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+) -> Tensor:
+    """The sum h + layer_scale · drop_path_scale · branch, in the wider dtype of h and branch.
+
+    Shapes: h, branch (M, N), layer_scale (N,), drop_path_scale (B,) for M / B rows each.
+    """
+    dtype = torch.promote_types(h.dtype, branch.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (h.to(wide) + _scaled(branch.to(wide), layer_scale, drop_path_scale)).to(dtype)
+
+
+def residual_backward(
+    grad: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and layer_scale, given that of the sum, which is also that of h."""
+    return (
+        _scaled(grad, layer_scale, drop_path_scale),
+        _scaled(grad * branch.to(grad.dtype), None, drop_path_scale).sum(0),
+    )
+
+
+def _scaled(rows: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
+    if layer_scale is not None:
+        rows = rows * layer_scale.to(rows.dtype)
+    if drop_path_scale is not None and rows.shape[0]:
+        each = rows.shape[0] // drop_path_scale.shape[0]
+        rows = rows * drop_path_scale.to(rows.dtype).repeat_interleave(each).unsqueeze(-1)
+    return rows

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snkernels.ops import stitch, stitch_layer_norm
+from snkernels.ops import residual_layer_norm, stitch, stitch_layer_norm
 
 Tensors = dict[str, Tensor]
 EPS = 1e-6
@@ -39,11 +39,17 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Op:
-    """``call`` and ``eager`` take the tensors by name and the scaling, and return a tuple."""
+    """``call`` and ``eager`` take the tensors by name and the scaling, and return a tuple.
+
+    ``tokens`` names the tensor that decides the dtype, ``vectors`` the optional ones of the output
+    width, ``others`` the optional ones that come and go together.
+    """
 
     call: Callable[[Tensors, float], tuple[Tensor, ...]]
     eager: Callable[[Tensors, float], tuple[Tensor, ...]]
+    tokens: str
     vectors: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def _stitch(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
@@ -79,11 +85,58 @@ def _eager_stitch_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
     return y, F.layer_norm(y, y.shape[-1:], *affine, EPS)
 
 
-OPS = {
-    "stitch": Op(_stitch, _eager_stitch, ("bias",)),
+SAMPLES = 5  # of drop_path_scale, which has one value for each
+
+
+def _residual_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    h = t["h"]
+    scale = t.get("drop_path_scale")
+    shape = h.shape if scale is None else (scale.shape[0], -1, h.shape[-1])
+    outputs = residual_layer_norm(
+        h.reshape(shape),
+        t["branch"].reshape(shape),
+        t.get("layer_scale"),
+        scale,
+        t.get("norm_weight"),
+        t.get("norm_bias"),
+        EPS,
+    )
+    return tuple(output.view(h.shape) for output in outputs)
+
+
+def _eager_residual_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    h = t["h"]
+    p = {name: value.to(h.dtype) for name, value in t.items()}
+    branch = p["branch"]
+    if "layer_scale" in p:
+        branch = branch * p["layer_scale"]
+    if "drop_path_scale" in p:
+        each = h.shape[0] // p["drop_path_scale"].shape[0]
+        branch = branch * p["drop_path_scale"].repeat_interleave(each)[:, None]
+    total = h + branch
+    affine = (p.get(name) for name in ("norm_weight", "norm_bias"))
+    return total, F.layer_norm(total, total.shape[-1:], *affine, EPS)
+
+
+LOW_RANK = ("lora_A", "lora_B")
+STITCHES = {
+    "stitch": Op(_stitch, _eager_stitch, "x", ("bias",), LOW_RANK),
     "stitch_layer_norm": Op(
-        _stitch_layer_norm, _eager_stitch_layer_norm, ("bias", "norm_weight", "norm_bias")
+        _stitch_layer_norm,
+        _eager_stitch_layer_norm,
+        "x",
+        ("bias", "norm_weight", "norm_bias"),
+        LOW_RANK,
     ),
+}
+OPS = STITCHES | {
+    "residual_layer_norm": Op(
+        _residual_layer_norm,
+        _eager_residual_layer_norm,
+        "h",
+        ("layer_scale", "norm_weight", "norm_bias"),
+        ("drop_path_scale",),
+    )
 }
 
 
@@ -92,16 +145,27 @@ def make(
 ) -> Tensors:
     """Random arguments of sizes as in a trained model; lora_B is not zero, or it would hide A."""
     parameter_dtype = parameter_dtype or dtype
-    tensors = {
-        "x": torch.randn(shape.M, shape.K).to(dtype),
-        "weight": (torch.randn(shape.N, shape.K) * shape.K**-0.5).to(parameter_dtype),
-    }
+    if op.tokens == "h":
+        tensors = {name: torch.randn(shape.M, shape.N).to(dtype) for name in ("h", "branch")}
+        if shape.M % SAMPLES == 0:
+            kept = torch.arange(SAMPLES) % 3 > 0
+            tensors["drop_path_scale"] = (kept / 0.6).to(parameter_dtype)
+    else:
+        tensors = {
+            "x": torch.randn(shape.M, shape.K).to(dtype),
+            "weight": (torch.randn(shape.N, shape.K) * shape.K**-0.5).to(parameter_dtype),
+        }
     for name in op.vectors:
         tensors[name] = torch.randn(shape.N).to(parameter_dtype)
-    if shape.r:
+    if shape.r and op.others == LOW_RANK:
         tensors["lora_A"] = (torch.randn(shape.r, shape.K) * shape.K**-0.5).to(parameter_dtype)
         tensors["lora_B"] = torch.randn(shape.N, shape.r).to(parameter_dtype)
     return tensors
+
+
+def learnt(tensors: Tensors) -> tuple[str, ...]:
+    """The names of the tensors that have a gradient."""
+    return tuple(name for name in tensors if name != "drop_path_scale")
 
 
 def run(
@@ -115,7 +179,7 @@ def run(
     leaves = {
         name: value.detach()
         .to(dtype or value.dtype)
-        .requires_grad_(wanted is None or name in wanted)
+        .requires_grad_(name in (learnt(tensors) if wanted is None else wanted))
         for name, value in tensors.items()
     }
     outputs = function(leaves, 0.25)

@@ -14,11 +14,17 @@ SHAPE = Shape(20, 30, 40, 4)
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple]:
     t = make(OPS["stitch_layer_norm"], SHAPE, dtype)
+    bias = t["bias"]
     operands = (t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"])
     norm = (t["norm_weight"], t["norm_bias"])
     grad = torch.randn(SHAPE.M, SHAPE.N).to(dtype)
     y, _, mean, rstd = torch.ops.snkernels.stitch_layer_norm(*operands, 0.5, *norm, 1e-6)
     return {
+        "residual_layer_norm": (y, grad, bias, None, *norm, 1e-6, dtype),
+        "residual_layer_norm_backward": (
+            *(grad, grad, y, grad, bias, None, y, mean, rstd, *norm),
+            [True] * 5,
+        ),
         "stitch": (*operands, 0.5),
         "stitch_backward": (grad, *operands, 0.5, [True, False, True, True, True]),
         "stitch_layer_norm": (*operands, 0.5, *norm, 1e-6),

@@ -196,6 +196,80 @@ def stitch_layer_norm_backward(
     return grads
 
 
+def residual_layer_norm_forward(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    normed_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum, LN(sum), mean, 1/σ); see :func:`snkernels.reference.residual`."""
+    rows, features = x.shape
+    total = x.new_empty(rows, features, dtype=torch.promote_types(x.dtype, branch.dtype))
+    normed = x.new_empty(rows, features, dtype=normed_dtype)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    _C.residual_layer_norm_forward(
+        _view("x", x, rows, features, "cpu"),
+        *_residual_views(branch, layer_scale, drop_path_scale),
+        _view("norm_weight", norm_weight, 1, features, "cpu"),
+        _view("norm_bias", norm_bias, 1, features, "cpu"),
+        eps,
+        _view("sum", total, rows, features, "cpu"),
+        _view("normed", normed, rows, features, "cpu"),
+        _view("mean", mean, 1, rows, "cpu"),
+        _view("rstd", rstd, 1, rows, "cpu"),
+        torch.get_num_threads(),
+    )
+    return total, normed, mean, rstd
+
+
+def residual_layer_norm_backward(
+    grad_sum: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ``residual_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
+    rows, features = total.shape
+    grads, grad_views = _grads_like((x, branch, layer_scale, norm_weight, norm_bias), needs)
+    _C.residual_layer_norm_backward(
+        _view("grad_sum", grad_sum, rows, features, "cpu"),
+        _view("grad_normed", grad_normed, rows, features, "cpu"),
+        *_residual_views(branch, layer_scale, drop_path_scale),
+        _view("sum", total, rows, features, "cpu"),
+        _view("mean", mean, 1, rows, "cpu"),
+        _view("rstd", rstd, 1, rows, "cpu"),
+        _view("norm_weight", norm_weight, 1, features, "cpu"),
+        *grad_views,
+        torch.get_num_threads(),
+    )
+    return grads
+
+
+def _residual_views(
+    branch: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+) -> tuple[View | None, View | None, View | None, int]:
+    rows, features = branch.shape
+    samples = rows if drop_path_scale is None else drop_path_scale.shape[0]
+    return (
+        _view("branch", branch, rows, features, "cpu"),
+        _view("layer_scale", layer_scale, 1, features, "cpu"),
+        _view("drop_path_scale", drop_path_scale, 1, samples, "cpu"),
+        max(rows // max(samples, 1), 1),
+    )
+
+
 def cuda_bias_layer_norm(
     gemm: Tensor,
     bias: Tensor | None,

@@ -51,9 +51,11 @@ def check_tensor(
         raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(tensor.shape)}")
 
 
-def check_input(x: Tensor) -> None:
-    """Raises unless ``x`` is a floating-point tensor."""
+def check_input(x: Tensor, name: str = "x") -> None:
+    """Raises unless ``x`` is a tensor of a dtype that ops compute in."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, but it is {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, but it is {type(x).__name__}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"x must be float16, bfloat16, float32 or float64, but it is {x.dtype}")
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, but it is {x.dtype}"
+        )

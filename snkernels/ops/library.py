@@ -66,9 +66,8 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     return lambda *args: load()(*args)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast, where it is on, would hand it to a linear layer."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which autocast, where it is on, would hand a tensor to a linear layer."""
+    if not torch.is_autocast_enabled(device) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.checks import check_input, check_stitch, check_tensor
-from snkernels.ops.library import autocast, register, triton_kernel, without_autocast
+from snkernels.ops.library import autocast_dtype, register, triton_kernel, without_autocast
 from snkernels.ops.stitch import empty_grads, spread
 
 
@@ -215,7 +215,7 @@ def stitch_layer_norm(
     check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = autocast(x).reshape(-1, x.shape[-1])
+    rows = x.to(autocast_dtype(x.device.type, x.dtype)).reshape(-1, x.shape[-1])
     y, normed = _StitchLayerNorm.apply(
         rows, weight, bias, lora_A, lora_B, float(scaling), norm_weight, norm_bias, float(eps)
     )

@@ -1,0 +1,45 @@
+"""What test_every_op.py cannot ask of it: drop path by sample, a branch of another dtype."""
+
+import pytest
+import torch
+
+from snkernels.ops import residual_layer_norm
+
+
+def test_one_drop_path_value_for_each_sample(backend: str) -> None:
+    h, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    total, _ = residual_layer_norm(h, branch, drop_path_scale=torch.tensor([0.0, 2.0, 1.0]))
+    assert torch.equal(total[0], h[0])
+    torch.testing.assert_close(total[1], h[1] + 2 * branch[1])
+    torch.testing.assert_close(total[2], h[2] + branch[2])
+
+
+def test_a_half_branch_joins_an_fp32_stream(backend: str) -> None:
+    h, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8).half().requires_grad_()
+    total, normed = residual_layer_norm(h, branch)
+    assert total.dtype == normed.dtype == torch.float32
+    total.sum().backward()
+    assert branch.grad is not None
+    assert branch.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"h": torch.tensor(1.0)}, "h must have at least one dimension"),
+        ({"h": torch.ones(3, 4, 8, dtype=torch.int32)}, r"h must be float16.*int32"),
+        ({"branch": torch.randn(3, 8)}, r"branch must have shape \(3, 4, 8\).*\(3, 8\)"),
+        ({"layer_scale": torch.randn(7)}, r"layer_scale must have shape \(8\).*\(7,\)"),
+        ({"drop_path_scale": torch.ones(4)}, r"drop_path_scale must have shape \(3\).*\(4,\)"),
+        (
+            {"drop_path_scale": torch.ones(3, requires_grad=True)},
+            "drop_path_scale must not require grad",
+        ),
+        ({"norm_weight": torch.randn(8, 1)}, r"norm_weight must have shape \(8\).*\(8, 1\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    arguments = {"h": torch.randn(3, 4, 8), "branch": torch.randn(3, 4, 8)} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        residual_layer_norm(**arguments)

@@ -1,0 +1,210 @@
+"""``residual_layer_norm``: the op between all other ops of a pre-norm ViT.
+
+After attention or an MLP a block computes h + γ · s · branch, and what comes next computes LN of
+that: done apart this reads and writes the residual stream three times, here once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snkernels import reference
+from snkernels.kernels import native
+from snkernels.ops.checks import check_input, check_tensor
+from snkernels.ops.library import autocast_dtype, register, without_autocast
+from snkernels.ops.stitch import empty_grads, spread
+
+
+def _fake(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    normed_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    statistics = x.new_empty(x.shape[0], dtype=torch.promote_types(dtype, torch.float32))
+    total = x.new_empty(x.shape, dtype=dtype)
+    return total, x.new_empty(x.shape, dtype=normed_dtype), statistics, statistics.clone()
+
+
+def _fake_backward(
+    grad_sum: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return empty_grads((x, branch, layer_scale, norm_weight, norm_bias), needs)
+
+
+@without_autocast
+def _torch(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    normed_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = reference.residual(x, branch, layer_scale, drop_path_scale)
+    return total, *reference.layer_norm(total, norm_weight, norm_bias, eps, normed_dtype)
+
+
+@without_autocast
+def _torch_backward(
+    grad_sum: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grad = torch.zeros_like(total, dtype=mean.dtype)
+    norm_grads: list[Tensor | None] = [None, None]
+    if grad_normed is not None:
+        grad, *norm_grads = reference.layer_norm_backward(
+            grad_normed, total, mean, rstd, norm_weight
+        )
+    if grad_sum is not None:
+        grad = grad + grad_sum
+    grad_branch, grad_layer_scale = reference.residual_backward(
+        grad, branch, layer_scale, drop_path_scale
+    )
+    tensors = (x, branch, layer_scale, norm_weight, norm_bias)
+    grads = (grad, grad_branch, grad_layer_scale, *norm_grads)
+    return [
+        g.to(tensor.dtype, copy=True)
+        for tensor, g, need in zip(tensors, grads, needs, strict=True)
+        if need and tensor is not None and g is not None
+    ]
+
+
+register(
+    "residual_layer_norm(Tensor x, Tensor branch, Tensor? layer_scale, Tensor? drop_path_scale,"
+    " Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType normed_dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={"torch": _torch, "cpu": native.residual_layer_norm_forward},
+)
+register(
+    "residual_layer_norm_backward(Tensor? grad_sum, Tensor? grad_normed, Tensor x, Tensor branch,"
+    " Tensor? layer_scale, Tensor? drop_path_scale, Tensor total, Tensor mean, Tensor rstd,"
+    " Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
+    fake=_fake_backward,
+    implementations={"torch": _torch_backward, "cpu": native.residual_layer_norm_backward},
+)
+
+
+class _ResidualLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        layer_scale: Tensor | None,
+        drop_path_scale: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        normed_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, mean, rstd = torch.ops.snkernels.residual_layer_norm(
+            x, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps, normed_dtype
+        )
+        ctx.save_for_backward(
+            x, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
+        )
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> Any:
+        need_x, need_branch, need_scale, _, *need_norm = ctx.needs_input_grad[:6]
+        if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
+            need_norm = [False, False]
+        needs = [need_x, need_branch, need_scale, *need_norm]
+        grads = torch.ops.snkernels.residual_layer_norm_backward(
+            grad_sum, grad_normed, *ctx.saved_tensors, needs
+        )
+        *residual_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
+        return *residual_grads, None, norm_weight_grad, norm_bias_grad, None, None
+
+
+def residual_layer_norm(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Adds a branch to the residual stream and normalises the sum for what comes next.
+
+    sum = h + layer_scale · drop_path_scale · branch, computed in fp32 (fp64 for fp64), and LN(sum)
+    over the last dimension of the sum that is returned, with fp32 two-pass statistics.
+    Differentiable once in every tensor but drop_path_scale.
+
+    Args:
+        h: the residual stream, (..., N), float16, bfloat16, float32 or float64.
+        branch: what attention or the MLP returned, the shape of h, any floating dtype.
+        layer_scale: γ of LayerScale, (N,), or None for 1.
+        drop_path_scale: (B,), one value for each of the first dimension of h, as DropPath draws
+            them: 0 or 1 / keep probability; None for 1.
+        norm_weight: (N,) or None.
+        norm_bias: (N,) or None.
+        eps: added to the variance.
+
+    Returns:
+        The sum, (..., N), in the wider dtype of h and branch, and LN(sum), (..., N), in the same
+        or, under autocast, in autocast's dtype, as only GEMMs read it.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+    check_input(h, "h")
+    if h.dim() == 0:
+        raise ValueError("h must have at least one dimension, but it has none")
+    features = h.shape[-1]
+    check_tensor("branch", branch, h, tuple(h.shape))
+    check_tensor("layer_scale", layer_scale, h, (features,))
+    check_tensor("drop_path_scale", drop_path_scale, h, (h.shape[0],))
+    check_tensor("norm_weight", norm_weight, h, (features,))
+    check_tensor("norm_bias", norm_bias, h, (features,))
+    if drop_path_scale is not None and drop_path_scale.requires_grad:
+        raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
+    dtype = torch.promote_types(h.dtype, branch.dtype)
+    total, normed = _ResidualLayerNorm.apply(
+        h.reshape(-1, features),
+        branch.reshape(-1, features),
+        layer_scale,
+        drop_path_scale,
+        norm_weight,
+        norm_bias,
+        float(eps),
+        autocast_dtype(h.device.type, dtype),
+    )
+    return total.view(h.shape), normed.view(h.shape)
