@@ -190,7 +190,7 @@ class StitchedViT(nn.Module):
                 the stitches are then as they were.
         """
         items = images.split(batch_size) if isinstance(images, Tensor) else images
-        with _eval_mode(self):
+        with eval_mode(self):
             moments = cut_moments(
                 self.small,
                 self.large,
@@ -253,8 +253,13 @@ class StitchedViT(nn.Module):
         """
         return checkpoint.to_snnetv2(self.state_dict())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
         """Write weights, shape and sampler state into one safetensors file, atomically.
+
+        Args:
+            path: Where to write.
+            notes: What else belongs to the model, such as how it is evaluated, in values that JSON
+                can hold; ``checkpoint.read`` gives it back as ``"notes"`` of the config.
 
         Raises:
             OSError: If the file cannot be written.
@@ -267,6 +272,7 @@ class StitchedViT(nn.Module):
             "rank": self.rank,
             "sampling": self._sampling,
             "sampler": self.sampler.state_dict(),
+            "notes": dict(notes or {}),
         }
         checkpoint.write(path, self.state_dict(), config)
 
@@ -381,8 +387,8 @@ class StitchedViT(nn.Module):
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put all modules in eval mode, and back into the mode each one was in."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put all modules in eval mode, and after the ``with`` block into the mode each one was in."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
