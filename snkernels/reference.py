@@ -115,6 +115,52 @@ def layer_norm_backward(
     return grad_y, (grad * normalized).sum(0), grad.sum(0)
 
 
+def stitch_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, LN(y), mean, 1/σ): a stitch and the LayerNorm of what it returns."""
+    y = stitch(x, weight, bias, lora_A, lora_B, scaling)
+    return y, *layer_norm(y, norm_weight, norm_bias, eps)
+
+
+def stitch_layer_norm_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """As :func:`stitch_backward`, and those of norm_weight and norm_bias."""
+    grad, grad_norm_weight, grad_norm_bias = layer_norm_backward(
+        grad_normed, y, mean, rstd, norm_weight
+    )
+    if grad_y is not None:
+        grad = grad + grad_y
+    grads = stitch_backward(grad, x, weight, bias, lora_A, lora_B, scaling, needs[:5])
+    if needs[5] and norm_weight is not None:
+        grads.append(grad_norm_weight.to(norm_weight.dtype))
+    if needs[6] and norm_bias is not None:
+        grads.append(grad_norm_bias.to(norm_bias.dtype))
+    return grads
+
+
 def residual(
     h: Tensor, branch: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None
 ) -> Tensor:

@@ -19,7 +19,13 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple]:
     norm = (t["norm_weight"], t["norm_bias"])
     grad = torch.randn(SHAPE.M, SHAPE.N).to(dtype)
     y, _, mean, rstd = torch.ops.snkernels.stitch_layer_norm(*operands, 0.5, *norm, 1e-6)
+    offsets, tensors = torch.tensor([0, 7, SHAPE.M]), [*operands[1:], *norm] * 2
     return {
+        "multi_stitch": (t["x"], offsets, tensors, [0.5, 0.5], SHAPE.N, True, 1e-6),
+        "multi_stitch_backward": (
+            *(None, grad, t["x"], offsets, tensors, [0.5, 0.5], y, mean, rstd),
+            [True] * 13,
+        ),
         "residual_layer_norm": (y, grad, bias, None, *norm, 1e-6, dtype),
         "residual_layer_norm_backward": (
             *(grad, grad, y, grad, bias, None, y, mean, rstd, *norm),

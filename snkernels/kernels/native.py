@@ -83,6 +83,26 @@ def _grads_like(
     return grads, views
 
 
+def norm_outputs(
+    x: Tensor,
+    features: int,
+    dtype: torch.dtype | None = None,
+    normed_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for y and LN(y), in the dtype of x or others, and for the statistics of each row of x.
+
+    The statistics are fp32, and fp64 for fp64.
+    """
+    rows, dtype = x.shape[0], dtype or x.dtype
+    statistics = torch.promote_types(dtype, torch.float32)
+    return (
+        x.new_empty(rows, features, dtype=dtype),
+        x.new_empty(rows, features, dtype=normed_dtype or dtype),
+        x.new_empty(rows, dtype=statistics),
+        x.new_empty(rows, dtype=statistics),
+    )
+
+
 def stitch_forward(
     x: Tensor,
     weight: Tensor,
@@ -90,9 +110,10 @@ def stitch_forward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`snkernels.reference.stitch`."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    """See :func:`snkernels.reference.stitch`; ``out`` is written to instead of a new tensor."""
+    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     views = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
     _C.stitch_forward(
         *views, scaling, _view("y", y, x.shape[0], weight.shape[0], "cpu"), torch.get_num_threads()
@@ -136,11 +157,14 @@ def stitch_layer_norm_forward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``."""
+    """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``.
+
+    ``out``, four tensors for these, is written to instead of new ones.
+    """
     rows, features = x.shape[0], weight.shape[0]
-    y, normed = x.new_empty(rows, features), x.new_empty(rows, features)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    y, normed, mean, rstd = norm_outputs(x, features) if out is None else out
     _C.stitch_layer_norm_forward(
         *_stitch_views(x, weight, bias, lora_A, lora_B, "cpu"),
         scaling,
@@ -208,9 +232,8 @@ def residual_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum, LN(sum), mean, 1/σ); see :func:`snkernels.reference.residual`."""
     rows, features = x.shape
-    total = x.new_empty(rows, features, dtype=torch.promote_types(x.dtype, branch.dtype))
-    normed = x.new_empty(rows, features, dtype=normed_dtype)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    total, normed, mean, rstd = norm_outputs(x, features, dtype, normed_dtype)
     _C.residual_layer_norm_forward(
         _view("x", x, rows, features, "cpu"),
         *_residual_views(branch, layer_scale, drop_path_scale),

@@ -29,9 +29,7 @@ def _fake(
     normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, branch.dtype)
-    statistics = x.new_empty(x.shape[0], dtype=torch.promote_types(dtype, torch.float32))
-    total = x.new_empty(x.shape, dtype=dtype)
-    return total, x.new_empty(x.shape, dtype=normed_dtype), statistics, statistics.clone()
+    return native.norm_outputs(x, x.shape[1], dtype, normed_dtype)
 
 
 def _fake_backward(

@@ -18,10 +18,7 @@ from snkernels.ops.stitch import empty_grads, spread
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, features = x.shape[0], weight.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y, normed = x.new_empty(rows, features), x.new_empty(rows, features)
-    return y, normed, x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
+    return native.norm_outputs(x, weight.shape[0])
 
 
 def _fake_backward(
@@ -41,52 +38,6 @@ def _fake_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return empty_grads((x, weight, bias, lora_A, lora_B, norm_weight, norm_bias), needs)
-
-
-@without_autocast
-def _torch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = reference.stitch(x, weight, bias, lora_A, lora_B, scaling)
-    return y, *reference.layer_norm(y, norm_weight, norm_bias, eps)
-
-
-@without_autocast
-def _torch_backward(
-    grad_y: Tensor | None,
-    grad_normed: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    grad, grad_norm_weight, grad_norm_bias = reference.layer_norm_backward(
-        grad_normed, y, mean, rstd, norm_weight
-    )
-    if grad_y is not None:
-        grad = grad + grad_y
-    grads = reference.stitch_backward(grad, x, weight, bias, lora_A, lora_B, scaling, needs[:5])
-    if needs[5] and norm_weight is not None:
-        grads.append(grad_norm_weight.to(norm_weight.dtype))
-    if needs[6] and norm_bias is not None:
-        grads.append(grad_norm_bias.to(norm_bias.dtype))
-    return grads
 
 
 @without_autocast
@@ -111,7 +62,7 @@ register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations={
-        "torch": _torch,
+        "torch": without_autocast(reference.stitch_layer_norm),
         "cpu": native.stitch_layer_norm_forward,
         "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_forward"),
         "cuda": _cuda,
@@ -123,11 +74,11 @@ register(
     " Tensor rstd, Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
     fake=_fake_backward,
     implementations={
-        "torch": _torch_backward,
+        "torch": without_autocast(reference.stitch_layer_norm_backward),
         "cpu": native.stitch_layer_norm_backward,
         "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_backward"),
         # Only the forward is compiled so far; its residuals are those of the torch backend.
-        "cuda": _torch_backward,
+        "cuda": without_autocast(reference.stitch_layer_norm_backward),
     },
 )
 

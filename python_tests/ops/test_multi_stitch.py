@@ -1,0 +1,216 @@
+"""The grouped ops against eager torch, group by group; rows, groups and gradients by name."""
+
+import itertools
+
+import pytest
+import torch
+from cases import EPS, OPS, STITCHES, Shape, Tensors, make, run
+from judge import assert_as_exact_as_torch
+from test_every_op import skip_what_the_interpreter_gets_wrong
+from torch import Tensor
+
+from snkernels.ops import StitchGroup, multi_stitch, multi_stitch_layer_norm
+
+pytestmark = pytest.mark.usefixtures("nan_filled")
+
+K, N, SCALING = 30, 40, 0.25
+SIZES = {
+    "one": [17],
+    "unequal": [5, 1, 33, 12],
+    "with empty ones": [0, 7, 0, 0, 9, 0],
+    "all empty": [0, 0],
+    "hundreds": [i % 3 for i in range(300)],
+}
+
+
+@pytest.fixture(params=[False, True], ids=["multi_stitch", "multi_stitch_layer_norm"])
+def normalize(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def offsets_of(sizes: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+def make_groups(
+    sizes: list[int], normalize: bool, dtype: torch.dtype, identity: frozenset[int] = frozenset()
+) -> Tensors:
+    """Arguments by name, "3.weight" being the weight of group 3; an identity group has none."""
+    op = OPS["stitch_layer_norm" if normalize else "stitch"]
+    out = K if identity else N
+    tensors = {"x": torch.randn(sum(sizes), K).to(dtype)}
+    for i in range(len(sizes)):
+        own = make(op, Shape(1, K, out, 4), dtype)
+        del own["x"]
+        tensors |= {
+            f"{i}.{name}": value
+            for name, value in own.items()
+            if i not in identity or name.startswith("norm")
+        }
+    return tensors
+
+
+def group(tensors: Tensors, i: int) -> Tensors:
+    prefix = f"{i}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def functions(sizes: list[int], normalize: bool):
+    offsets = offsets_of(sizes)
+    single = STITCHES["stitch_layer_norm" if normalize else "stitch"]
+
+    def grouped(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+        groups = []
+        for i in range(len(sizes)):
+            own = group(t, i)
+            groups.append(StitchGroup(own.pop("weight", None), **own, scaling=scaling))
+        if normalize:
+            return multi_stitch_layer_norm(t["x"], offsets, groups, EPS)
+        return (multi_stitch(t["x"], offsets, groups),)
+
+    def eager(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+        parts = []
+        for i, rows in enumerate(t["x"].split(sizes)):
+            own = group(t, i)
+            own.setdefault("weight", torch.eye(K, dtype=rows.dtype))
+            parts.append(single.eager({"x": rows, **own}, scaling))
+        return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+    return grouped, eager
+
+
+def judge(sizes: list[int], normalize: bool, tensors: Tensors) -> None:
+    grouped, eager = functions(sizes, normalize)
+    wanted = tuple(n for n in tensors if n == "x" or sizes[int(n.split(".")[0])])
+    actual = run(grouped, tensors, wanted=wanted)
+    same = run(eager, tensors, wanted=wanted)
+    exact = run(eager, tensors, dtype=torch.float64, wanted=wanted)
+    assert actual.keys() == exact.keys()
+    # All groups' gradients of one kind together: of one row each, any single one may be lucky.
+    for kind in dict.fromkeys(name.split(".")[-1] for name in exact):
+        names = [name for name in exact if name.split(".")[-1] == kind]
+        assert all(actual[name].shape == exact[name].shape for name in names)
+        values = [torch.cat([r[n].flatten() for n in names]) for r in (actual, same, exact)]
+        assert_as_exact_as_torch(kind, *values)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_each_group_is_its_own_stitch(normalize: bool, backend: str, sizes: list[int]) -> None:
+    if backend == "triton" and len(sizes) > 100:
+        pytest.skip("hundreds of groups take minutes in Triton's interpreter; needs a GPU")
+    judge(sizes, normalize, make_groups(sizes, normalize, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(normalize: bool, backend: str, dtype: torch.dtype) -> None:
+    skip_what_the_interpreter_gets_wrong(backend, dtype)
+    sizes = SIZES["unequal"]
+    judge(sizes, normalize, make_groups(sizes, normalize, dtype))
+
+
+def test_identity_groups(normalize: bool, backend: str) -> None:
+    sizes, identity = [5, 3, 0, 9], frozenset({1, 2})
+    judge(sizes, normalize, make_groups(sizes, normalize, torch.float32, identity))
+
+
+def test_frozen_weights_get_no_gradient(normalize: bool, backend: str) -> None:
+    sizes = SIZES["unequal"]
+    tensors = make_groups(sizes, normalize, torch.float32)
+    grouped, eager = functions(sizes, normalize)
+    wanted = tuple(n for n in tensors if not n.endswith(".weight") or "norm" in n)
+    actual, expected = run(grouped, tensors, wanted=wanted), run(eager, tensors, wanted=wanted)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_groups_without_rows_get_none(normalize: bool, backend: str) -> None:
+    sizes = SIZES["with empty ones"]
+    tensors = make_groups(sizes, normalize, torch.float32)
+    leaves = {name: value.requires_grad_() for name, value in tensors.items()}
+    sum(o.square().sum() for o in functions(sizes, normalize)[0](leaves, SCALING)).backward()
+    for name, leaf in leaves.items():
+        present = name == "x" or sizes[int(name.split(".")[0])] > 0
+        assert (leaf.grad is not None) == present, name
+
+
+def test_an_unused_norm_gets_no_gradient(backend: str) -> None:
+    sizes = SIZES["unequal"]
+    leaves = {n: t.requires_grad_() for n, t in make_groups(sizes, True, torch.float32).items()}
+    grouped, eager = functions(sizes, True)
+    grouped(leaves, SCALING)[0].square().sum().backward()
+    expected = {n: t.detach().clone().requires_grad_() for n, t in leaves.items()}
+    eager(expected, SCALING)[0].square().sum().backward()
+    for name, leaf in leaves.items():
+        if expected[name].grad is None:
+            assert leaf.grad is None, name
+        else:
+            torch.testing.assert_close(leaf.grad, expected[name].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradcheck(normalize: bool) -> None:
+    sizes = [2, 0, 3]
+    tensors = make_groups(sizes, normalize, torch.float64)
+    grouped, _ = functions(sizes, normalize)
+    names = [n for n in tensors if not n.startswith("1.")]
+    assert torch.autograd.gradcheck(
+        lambda *values: grouped(tensors | dict(zip(names, values, strict=True)), SCALING),
+        [tensors[name].requires_grad_() for name in names],
+    )
+
+
+def test_autocast(normalize: bool) -> None:
+    sizes = SIZES["unequal"]
+    tensors = make_groups(sizes, normalize, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = functions(sizes, normalize)[0](tensors, SCALING)
+    assert all(output.dtype == torch.bfloat16 for output in outputs)
+
+
+def test_compiles_whole(normalize: bool) -> None:
+    torch.use_deterministic_algorithms(False)
+    sizes = SIZES["unequal"]
+    tensors = make_groups(sizes, normalize, torch.float32)
+    grouped, _ = functions(sizes, normalize)
+    expected = run(grouped, tensors)
+    actual = run(torch.compile(grouped, fullgraph=True, backend="aot_eager"), tensors)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+X, W = torch.randn(5, 3), torch.randn(4, 3)
+OFFSETS = torch.tensor([0, 2, 5])
+GROUPS = [StitchGroup(W), StitchGroup(W)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(1, 5, 3)}, r"x must have shape \(rows, in\).*\(1, 5, 3\)"),
+        ({"groups": []}, "groups must hold at least one group"),
+        ({"groups": [GROUPS[0]]}, r"group_offsets must have shape \(2,\) for 1 groups.*\(3,\)"),
+        ({"groups": [GROUPS[0], StitchGroup(W[:2])]}, r"output width, but have \[2, 4\]"),
+        ({"groups": [GROUPS[0], StitchGroup(None)]}, r"output width, but have \[3, 4\]"),
+        ({"groups": [GROUPS[0], StitchGroup(W[:, :2])]}, r"groups\[1\]: x must have shape"),
+        (
+            {"groups": [GROUPS[0], StitchGroup(W, norm_bias=torch.randn(3))]},
+            r"groups\[1\]: norm_bias must have shape \(4\).*\(3,\)",
+        ),
+        (
+            {"groups": [StitchGroup(None, bias=torch.randn(3))] * 2},
+            r"groups\[0\]: weight must be given",
+        ),
+        ({"group_offsets": OFFSETS.int()}, "group_offsets must be an int64 tensor.*int32"),
+        ({"group_offsets": [0, 2, 5]}, "group_offsets must be an int64 tensor.*list"),
+        ({"group_offsets": OFFSETS.flip(0)}, r"must rise from 0 to the 5 rows.*\[5, 2, 0\]"),
+        ({"group_offsets": torch.tensor([0, 6, 5])}, r"must rise from 0 to the 5.*\[0, 6, 5\]"),
+        ({"group_offsets": OFFSETS + 1}, r"must rise from 0 to the 5 rows.*\[1, 3, 6\]"),
+        ({"group_offsets": OFFSETS.to("meta")}, "group_offsets must be on cpu.*meta"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    arguments = {"x": X, "group_offsets": OFFSETS, "groups": GROUPS} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        multi_stitch_layer_norm(**arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        multi_stitch(**arguments)

@@ -1,0 +1,367 @@
+"""``multi_stitch`` and ``multi_stitch_layer_norm``: rows in groups, a stitch of its own for each.
+
+Each stitch has its own full W, unlike the adapters of multi-LoRA serving, so this is a ragged
+grouped GEMM. Parameters come one tensor each, never stacked: an optimizer must be able to skip a
+stitch that was not drawn.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from snkernels import reference
+from snkernels.kernels import native
+from snkernels.ops.checks import check_input, check_stitch, check_tensor
+from snkernels.ops.library import autocast_dtype, register, without_autocast
+from snkernels.ops.stitch import empty_grads, spread
+
+Optionals = Sequence[Tensor | None]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class StitchGroup(NamedTuple):
+    """The parameters of one group; see :func:`snkernels.ops.stitch_layer_norm` for their shapes.
+
+    Without a weight the group is the identity: y = x, which needs equal widths.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    scaling: float = 1.0
+
+
+TENSORS = 6  # of a group; the scaling comes after them
+
+
+def _fake(
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    out_features: int,
+    normalize: bool,
+    eps: float,
+) -> Outputs:
+    y, normed, mean, rstd = native.norm_outputs(x, out_features)
+    return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
+
+
+def _nothing(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return y.new_empty(0), y.new_empty(0), y.new_empty(0)
+
+
+def _fake_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return empty_grads((x, *tensors), needs)
+
+
+def _groups(
+    group_offsets: Tensor, tensors: Optionals, scalings: Sequence[float]
+) -> Iterator[tuple[int, slice, StitchGroup]]:
+    """Number, rows and parameters of every group that has rows. Waits for a GPU's offsets."""
+    offsets = group_offsets.tolist()
+    for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        if start < stop:
+            own = tensors[i * TENSORS : (i + 1) * TENSORS]
+            yield i, slice(start, stop), StitchGroup(*own, scalings[i])
+
+
+def _identity(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> Outputs:
+    return x, *reference.layer_norm(x, norm_weight, norm_bias, eps)
+
+
+def _into(function: Callable[..., Any]) -> Callable[..., None]:
+    """A function that returns one tensor or four, as one that writes into its last argument."""
+
+    def run(*arguments: Any) -> None:
+        *inputs, out = arguments
+        values = function(*inputs)
+        if isinstance(values, Tensor):
+            values, out = (values,), (out,)
+        for target, value in zip(out, values, strict=True):
+            target.copy_(value)
+
+    return run
+
+
+def _one_by_one(
+    stitch: Callable[..., Any], stitch_layer_norm: Callable[..., Any]
+) -> Callable[..., Outputs]:
+    """The forward as a loop over groups of a backend's single ops, which write into slices."""
+
+    def run(
+        x: Tensor,
+        group_offsets: Tensor,
+        tensors: Optionals,
+        scalings: Sequence[float],
+        out_features: int,
+        normalize: bool,
+        eps: float,
+    ) -> Outputs:
+        y, normed, mean, rstd = native.norm_outputs(x, out_features)
+        for _, rows, group in _groups(group_offsets, tensors, scalings):
+            out = [t[rows] for t in ((y, normed, mean, rstd) if normalize else (y,))]
+            if group.weight is None:
+                values = _identity(x[rows], group.norm_weight, group.norm_bias, eps)
+                for target, value in zip(out, values, strict=False):
+                    target.copy_(value)
+            elif normalize:
+                norm = (group.norm_weight, group.norm_bias)
+                stitch_layer_norm(x[rows], *group[:4], group.scaling, *norm, eps, out)
+            else:
+                stitch(x[rows], *group[:4], group.scaling, out[0])
+        return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
+
+    return run
+
+
+def _one_by_one_backward(
+    stitch_backward: Callable[..., list[Tensor]],
+    stitch_layer_norm_backward: Callable[..., list[Tensor]],
+) -> Callable[..., list[Tensor]]:
+    def run(
+        grad_y: Tensor | None,
+        grad_normed: Tensor | None,
+        x: Tensor,
+        group_offsets: Tensor,
+        tensors: Optionals,
+        scalings: Sequence[float],
+        y: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        grads: list[Tensor | None] = [None] * len(needs)
+        grad_x = torch.zeros_like(x) if needs[0] else None
+        for i, rows, group in _groups(group_offsets, tensors, scalings):
+            own = slice(1 + i * TENSORS, 1 + (i + 1) * TENSORS)
+            wanted = [needs[0], *needs[own]]
+            upper = None if grad_y is None else grad_y[rows]
+            if grad_normed is None:
+                assert upper is not None
+                if group.weight is None:
+                    found = [upper] if needs[0] else []
+                else:
+                    found = stitch_backward(upper, x[rows], *group[:4], group.scaling, wanted[:5])
+                wanted[5:] = False, False
+            elif group.weight is None:
+                grad, *norm_grads = reference.layer_norm_backward(
+                    grad_normed[rows], y[rows], mean[rows], rstd[rows], group.norm_weight
+                )
+                total = grad if upper is None else grad + upper
+                norms = zip(norm_grads, wanted[5:], strict=True)
+                found = [total] * wanted[0] + [g for g, want in norms if want]
+            else:
+                found = stitch_layer_norm_backward(
+                    *(upper, grad_normed[rows], x[rows], *group[:4], group.scaling),
+                    *(y[rows], mean[rows], rstd[rows], group.norm_weight, group.norm_bias),
+                    wanted,
+                )
+            grad_rows, *grads[own] = spread(found, wanted)
+            if grad_x is not None and grad_rows is not None:
+                grad_x[rows] = grad_rows
+        grads[0] = grad_x
+        # A gradient is owed for all that is needed, also of a group that had no rows.
+        return [
+            torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype)
+            for tensor, grad, need in zip((x, *tensors), grads, needs, strict=True)
+            if need and tensor is not None
+        ]
+
+    return run
+
+
+register(
+    "multi_stitch(Tensor x, Tensor group_offsets, Tensor?[] tensors, float[] scalings,"
+    " int out_features, bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    implementations={
+        "torch": without_autocast(
+            _one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm))
+        ),
+        "cpu": _one_by_one(native.stitch_forward, native.stitch_layer_norm_forward),
+    },
+)
+register(
+    "multi_stitch_backward(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor group_offsets,"
+    " Tensor?[] tensors, float[] scalings, Tensor y, Tensor mean, Tensor rstd, bool[] needs)"
+    " -> Tensor[]",
+    fake=_fake_backward,
+    implementations={
+        "torch": without_autocast(
+            _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
+        ),
+        "cpu": _one_by_one_backward(native.stitch_backward, native.stitch_layer_norm_backward),
+    },
+)
+
+
+class _MultiStitch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group_offsets: Tensor,
+        scalings: Sequence[float],
+        out_features: int,
+        normalize: bool,
+        eps: float,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, normed, mean, rstd = torch.ops.snkernels.multi_stitch(
+            x, group_offsets, tensors, scalings, out_features, normalize, eps
+        )
+        ctx.save_for_backward(x, group_offsets, y, mean, rstd, *tensors)
+        ctx.scalings, ctx.normalize = scalings, normalize
+        ctx.set_materialize_grads(False)
+        if not normalize:
+            ctx.mark_non_differentiable(normed)
+        return y, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
+        x, group_offsets, y, mean, rstd, *tensors = ctx.saved_tensors
+        if not ctx.normalize:
+            grad_normed = None  # compiled code hands in zeros, of the empty output
+        if grad_y is None and grad_normed is None:
+            return (None,) * len(ctx.needs_input_grad)
+        need_x, *need_tensors = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        present = _present(group_offsets)
+        used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
+        needs = [need_x]
+        for i, need in enumerate(need_tensors):
+            needs.append(need and present[i // TENSORS] and used[i % TENSORS])
+        grads = torch.ops.snkernels.multi_stitch_backward(
+            grad_y, grad_normed, x, group_offsets, tensors, ctx.scalings, y, mean, rstd, needs
+        )
+        grad_x, *grad_tensors = spread(grads, needs)
+        return grad_x, None, None, None, None, None, *grad_tensors
+
+
+def _present(group_offsets: Tensor) -> list[bool]:
+    """Which groups have rows; where only a GPU knows, all of them."""
+    if group_offsets.is_cuda or torch.compiler.is_compiling():
+        return [True] * (group_offsets.shape[0] - 1)
+    return (group_offsets[1:] > group_offsets[:-1]).tolist()
+
+
+def _multi_stitch(
+    x: Tensor,
+    group_offsets: Tensor,
+    groups: Sequence[StitchGroup],
+    normalize: bool,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    check_input(x)
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape (rows, in), but it has {tuple(x.shape)}")
+    if len(groups) == 0:
+        raise ValueError("groups must hold at least one group, but it is empty")
+    widths = {x.shape[1] if g.weight is None else g.weight.shape[0] for g in groups}
+    if len(widths) > 1:
+        raise ValueError(f"groups must agree in their output width, but have {sorted(widths)}")
+    (out_features,) = widths
+    for i, group in enumerate(groups):
+        try:
+            if group.weight is not None:
+                check_stitch(x, *group[:4], group.scaling)
+            elif any(tensor is not None for tensor in group[1:4]):
+                raise ValueError("weight must be given where bias, lora_A or lora_B is")
+            check_tensor("norm_weight", group.norm_weight, x, (out_features,))
+            check_tensor("norm_bias", group.norm_bias, x, (out_features,))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"groups[{i}]: {error}") from None
+    _check_offsets(group_offsets, x, len(groups))
+    tensors = [tensor for group in groups for tensor in group[:TENSORS]]
+    return _MultiStitch.apply(
+        x.to(autocast_dtype(x.device.type, x.dtype)),
+        group_offsets,
+        tuple(float(group.scaling) for group in groups),
+        out_features,
+        normalize,
+        float(eps),
+        *tensors,
+    )
+
+
+def _check_offsets(group_offsets: Tensor, x: Tensor, groups: int) -> None:
+    if not isinstance(group_offsets, Tensor) or group_offsets.dtype != torch.int64:
+        kind = getattr(group_offsets, "dtype", type(group_offsets).__name__)
+        raise TypeError(f"group_offsets must be an int64 tensor, but it is {kind}")
+    if group_offsets.shape != (groups + 1,):
+        raise ValueError(
+            f"group_offsets must have shape ({groups + 1},) for {groups} groups, "
+            f"but it has {tuple(group_offsets.shape)}"
+        )
+    if group_offsets.device != x.device:
+        raise ValueError(
+            f"group_offsets must be on {x.device}, where x is, but is on {group_offsets.device}"
+        )
+    if group_offsets.is_cuda or torch.compiler.is_compiling():
+        return  # looking at the values would wait for the GPU; its kernels stay within the rows
+    values = group_offsets.tolist()
+    if values[0] != 0 or values[-1] != x.shape[0] or values != sorted(values):
+        raise ValueError(
+            f"group_offsets must rise from 0 to the {x.shape[0]} rows of x, but they are {values}"
+        )
+
+
+def multi_stitch(x: Tensor, group_offsets: Tensor, groups: Sequence[StitchGroup]) -> Tensor:
+    """Projects each group of rows by its own stitch; see :func:`snkernels.ops.stitch`.
+
+    Args:
+        x: tokens, (rows, in), float16, bfloat16, float32 or float64, the rows of a group adjacent.
+        group_offsets: (groups + 1,), int64, where x is: group i has rows offsets[i] up to, but not
+            including, offsets[i + 1]. Groups may be empty. On a GPU the values are not looked at,
+            as that would wait for it.
+        groups: the parameters of each, all of one input and one output width.
+
+    Returns:
+        y, (rows, out), in the dtype of x; under autocast in autocast's dtype. A group without rows
+        gets no gradient: None, not zero, where the offsets are in CPU memory.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+    return _multi_stitch(x, group_offsets, groups, normalize=False)[0]
+
+
+def multi_stitch_layer_norm(
+    x: Tensor, group_offsets: Tensor, groups: Sequence[StitchGroup], eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Projects and normalises each group of rows; see :func:`snkernels.ops.stitch_layer_norm`.
+
+    Args:
+        x: as for :func:`multi_stitch`.
+        group_offsets: as for :func:`multi_stitch`.
+        groups: as for :func:`multi_stitch`, and each with a norm weight and bias of its own.
+        eps: added to every variance.
+
+    Returns:
+        y and LN(y), both (rows, out), in the dtype of x; under autocast in autocast's dtype.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+    """
+    return _multi_stitch(x, group_offsets, groups, normalize=True, eps=eps)
