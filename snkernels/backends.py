@@ -20,7 +20,7 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# (op, device type) -> (backend, the record that shows it).
+# (op, device type) -> (backend, the record that shows it); the backward goes with its op.
 PROVEN: dict[tuple[str, str], tuple[str, str]] = {}
 
 
@@ -103,9 +103,10 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
         if reason := obstacle(_forced, device, dtype):
             raise RuntimeError(f"backend {_forced!r} is forced, but cannot run {op}: {reason}")
         return Choice(_forced, "forced")
-    if (op, device) not in PROVEN:
+    family = op.removesuffix("_backward")
+    if (family, device) not in PROVEN:
         return Choice("torch", f"no record shows a faster kernel on {device} yet")
-    backend, record = PROVEN[op, device]
+    backend, record = PROVEN[family, device]
     if reason := obstacle(backend, device, dtype):
         return Choice("torch", f"{backend} would be faster, but {reason}")
     return Choice(backend, f"fastest on {device} by {record}")
