@@ -1,0 +1,307 @@
+"""Every route measured on labelled images in one pass over the data, and the Pareto front of it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from snkernels.models.stitched import ModelRoute, StitchedViT, eval_mode
+from snkernels.progress import progress_bar
+from snkernels.routing.cost import pareto_front
+from snkernels.routing.space import LARGE, SMALL
+from snkernels.text import aligned
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one route costs and reaches.
+
+    Attributes:
+        route: The route.
+        top1: Images classified right, in percent.
+        top5: Images whose class is among the five best, in percent; None with five classes or
+            fewer, where it says nothing.
+        loss: Mean cross-entropy, in nats.
+        on_front: Whether no other evaluated route is at least as cheap and at least as accurate
+            (top-1), and better in one of the two.
+    """
+
+    route: ModelRoute
+    top1: float
+    top5: float | None
+    loss: float
+    on_front: bool
+
+    @property
+    def id(self) -> int:
+        """Id of the route."""
+        return self.route.id
+
+    @property
+    def direction(self) -> str:
+        """The anchors in the order of the route, such as ``"S→L"``."""
+        return self.route.direction
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds for one image."""
+        return self.route.flops
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of all evaluated routes, in the order in which they were asked for.
+
+    Attributes:
+        scores: One per route.
+        images: Number of images that each route classified.
+    """
+
+    scores: tuple[Score, ...]
+    images: int
+
+    def front(self) -> list[Score]:
+        """The scores on the Pareto front, cheapest first."""
+        return sorted((s for s in self.scores if s.on_front), key=lambda s: s.flops)
+
+    @property
+    def has_anchors(self) -> bool:
+        """Whether both anchors were evaluated, so that the line between them is known."""
+        return {SMALL, LARGE} <= {s.id for s in self.scores}
+
+    def above_line(self, score: Score) -> float:
+        """Percentage points of top-1 by which a route beats what the anchors alone would give.
+
+        That is the straight line between the anchors over cost: what one gets at the same mean cost
+        by sending a share of the images through the small anchor and the rest through the large.
+
+        Raises:
+            ValueError: If one of the anchors was not evaluated, or both cost the same.
+        """
+        anchors = {s.id: s for s in self.scores if s.id in (SMALL, LARGE)}
+        if len(anchors) < 2 or anchors[SMALL].flops == anchors[LARGE].flops:
+            raise ValueError("scores must hold both anchors, routes 0 and 1, at different costs")
+        small, large = anchors[SMALL], anchors[LARGE]
+        share = (score.flops - small.flops) / (large.flops - small.flops)
+        return score.top1 - (small.top1 + share * (large.top1 - small.top1))
+
+    def save_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one line per route: id, route, direction, flops, top1, top5, loss, on_front.
+
+        Percentages have four decimals, the loss has six; top5 is empty where there is none.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(
+                ("id", "route", "direction", "flops", "top1", "top5", "loss", "on_front")
+            )
+            for s in self.scores:
+                percents = f"{s.top1:.4f}", "" if s.top5 is None else f"{s.top5:.4f}"
+                row = s.id, s.route, s.direction, s.flops, *percents, f"{s.loss:.6f}"
+                writer.writerow((*row, int(s.on_front)))
+
+    def plot(self, path: str | os.PathLike[str], title: str | None = None) -> None:
+        """Draw top-1 over cost into a file, in the format of its suffix; see ``pareto_plot``.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            OSError: If the file cannot be written.
+        """
+        from snkernels.pareto_plot import draw
+
+        draw(self, path, title)
+
+    def table(self) -> str:
+        """The scores as text for a terminal, cheapest route first."""
+        top5 = any(s.top5 is not None for s in self.scores)
+        rows = [["id", "route", "MFLOPs", "top-1 %", *["top-5 %"] * top5, "loss", "front"]]
+        for s in sorted(self.scores, key=lambda s: (s.flops, s.id)):
+            rows.append(
+                [
+                    str(s.id),
+                    str(s.route),
+                    f"{s.flops / 1e6:,.2f}",
+                    f"{s.top1:.2f}",
+                    *([] if s.top5 is None else [f"{s.top5:.2f}"]),
+                    f"{s.loss:.3f}",
+                    "yes" if s.on_front else "no",
+                ]
+            )
+        return aligned(rows, right={0, *range(2, len(rows[0]) - 1)})
+
+    def summary(self) -> str:
+        """Where stitched routes beat the line between the anchors and where not, in plain words.
+
+        Raises:
+            ValueError: See `above_line`.
+        """
+        gains = {s: self.above_line(s) for s in self.scores}
+        small, large = (next(s for s in gains if s.id == anchor) for anchor in (SMALL, LARGE))
+        stitched = [s for s in gains if s.route.stitches]
+        noise = math.sqrt(large.top1 * (100 - large.top1) / self.images)
+        lines = [
+            f"Anchors: S {_reach(small)}, L {_reach(large)}, on {self.images:,} images; one image "
+            f"is {100 / self.images:.2f} points, one standard error of L is {noise:.2f}.",
+            f"{sum(s.on_front for s in stitched)} of the {len(self.front())} routes on the Pareto "
+            "front are stitched.",
+        ]
+        above = [s for s in stitched if gains[s] > 0]
+        lines.append(
+            f"{len(above)} of {len(stitched)} stitched routes lie above the straight line between "
+            f"the anchors: {_by_direction(stitched, above)}."
+        )
+        by_gain = sorted(stitched, key=gains.__getitem__)
+        if above:
+            best = by_gain[-1]
+            lines.append(f"Furthest above: {_name(best)}, by {gains[best]:.2f} points.")
+        if len(above) < len(stitched):
+            worst = by_gain[0]
+            lines.append(f"Furthest below: {_name(worst)}, by {-gains[worst]:.2f} points.")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def evaluate(
+    model: StitchedViT,
+    loader: Iterable[Sequence[Any]],
+    routes: Literal["all"] | Iterable[int] = "all",
+    *,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure routes on labelled images: top-1, top-5 and loss of each, and the Pareto front.
+
+    The data are read once: every batch takes every route before the next batch is read. The model
+    runs in eval mode and inference mode, and the training flags of its modules are restored.
+
+    Args:
+        model: A stitched model on any device.
+        loader: Batches that begin with images (batch, channels, height, width) of a floating dtype
+            and labels (batch,) of an integer dtype. Both are moved to the model's device, images
+            also to its dtype.
+        routes: Ids of the routes to measure, or "all".
+        progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
+
+    Raises:
+        TypeError: If a batch does not begin with images and labels.
+        ValueError: If there is no such route, one is named twice or none is; if there are no
+            images; if labels are not classes of the model; if logits are not finite. The message
+            says which.
+    """
+    wanted = _wanted(model, routes)
+    counts = [_Counts() for _ in wanted]
+    images_seen = 0
+    with eval_mode(model), torch.inference_mode():
+        for batch in progress_bar(loader, f"evaluation, {len(wanted)} routes: batches", progress):
+            images, labels = _checked(model, batch)
+            images_seen += len(labels)
+            for route, count, logits in zip(
+                wanted, counts, _logits(model, images, wanted), strict=True
+            ):
+                if not bool(logits.isfinite().all()):
+                    raise ValueError(f"route {route.id} ({route}) gives logits that are not finite")
+                count.add(logits, labels)
+    if images_seen == 0:
+        raise ValueError("loader must give at least one image, got none")
+    percent = 100 / images_seen
+    top1 = [count.top1 * percent for count in counts]
+    front = set(pareto_front([route.flops for route in wanted], top1))
+    scores = tuple(
+        Score(
+            route,
+            top1=top1[i],
+            top5=count.top5 * percent if model.small.num_classes > _TOP else None,
+            loss=count.loss / images_seen,
+            on_front=i in front,
+        )
+        for i, (route, count) in enumerate(zip(wanted, counts, strict=True))
+    )
+    return Evaluation(scores, images_seen)
+
+
+def _reach(score: Score) -> str:
+    return f"{score.top1:.2f} % at {score.flops / 1e6:,.2f} MFLOPs"
+
+
+def _name(score: Score) -> str:
+    return f"route {score.id} ({score.route}), {_reach(score)}"
+
+
+def _by_direction(scores: Sequence[Score], chosen: Sequence[Score]) -> str:
+    """For each direction how many of its routes were chosen, as text."""
+    directions = dict.fromkeys(s.direction for s in scores)
+    return ", ".join(
+        f"{direction} {sum(s.direction == direction for s in chosen)}"
+        f" of {sum(s.direction == direction for s in scores)}"
+        for direction in directions
+    )
+
+
+def _logits(model: StitchedViT, images: Tensor, routes: Sequence[ModelRoute]) -> Iterator[Tensor]:
+    """Yield the logits (batch, classes) of the images on each route in turn."""
+    for route in routes:
+        yield model(images, stitch=route.id)
+
+
+@dataclass
+class _Counts:
+    """Sums over the images that one route has seen."""
+
+    top1: int = 0
+    top5: int = 0
+    loss: float = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        best = logits.topk(min(_TOP, logits.shape[-1])).indices
+        hits = best == labels[:, None]
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.sum())
+        self.loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+
+
+def _wanted(model: StitchedViT, routes: Literal["all"] | Iterable[int]) -> list[ModelRoute]:
+    if isinstance(routes, str):
+        if routes != "all":
+            raise ValueError(f'routes must be "all" or ids, got {routes!r}')
+        return list(model.routes)
+    ids = [model.space.route(route_id).id for route_id in routes]
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(f"routes must name at least one route, and each only once, got {ids}")
+    known = {route.id: route for route in model.routes}
+    return [known[route_id] for route_id in ids]
+
+
+def _checked(model: StitchedViT, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a batch, where the model is."""
+    if not isinstance(batch, Sequence) or len(batch) < 2:
+        raise TypeError(f"loader must give (images, labels), got {type(batch).__name__}")
+    images, labels = batch[:2]
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels must be integers of shape ({len(images)},), "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    classes = model.small.num_classes
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"labels must be in 0–{classes - 1}, got {int(labels.min())}–{int(labels.max())}"
+        )
+    like = next(model.parameters())
+    return images.to(like.device, like.dtype), labels.to(like.device, torch.int64)
