@@ -1,0 +1,129 @@
+"""Times every op beside its baselines, interleaved, and writes a record, its table and its plot.
+
+    python -m benchmarks.record --out benchmarks/results/cpu-NAME.json
+
+Run it on a machine that does nothing else. For two ops on 2 cores it takes about 4 minutes, one or
+two of them in torch.compile the first time.
+"""
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, plot, roofline, table
+from benchmarks.case import EAGER, Bench, Case, Entry, cases
+from benchmarks.roofline import Ceilings
+from benchmarks.schema import RESULTS, SCHEMA, CaseResult, EntryResult, Record
+from benchmarks.subject import subjects
+from benchmarks.timing import Candidate, Samples, Spread, interleave, speedup
+from snkernels.kernels import native
+from snkernels.progress import progress_bar
+
+
+def time_case(case: Case, ceilings: Ceilings, seconds: float, rounds: int) -> CaseResult:
+    """Checks all entries, then times those that passed."""
+    bench = Bench(case)
+    entries = case.entries()
+    candidates: dict[str, Candidate] = {}
+    notes: dict[str, str | None] = {}
+    failed: dict[str, str] = {}
+    for entry in entries:
+        try:
+            notes[entry.name] = bench.check(entry)
+            candidates[entry.name] = bench.candidate(entry)
+        except Exception as error:  # whatever it is, the others can still be timed
+            if entry.name == EAGER:
+                raise
+            failed[entry.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    samples = interleave(list(candidates.values()), seconds=seconds, least=rounds)
+    launches: Samples = {}
+    if case.device.type == "cuda":
+        passed = [bench.launch(entry) for entry in entries if entry.name in candidates]
+        launches = interleave(passed, seconds=seconds / 4, least=rounds)
+    return CaseResult(
+        op=case.subject.op,
+        shape=case.shape.label,
+        sizes=case.shape.sizes,
+        dtype=str(case.dtype).removeprefix("torch."),
+        phase=case.phase,
+        rounds=len(samples[EAGER]),
+        floor_seconds=ceilings.floor(
+            case.subject.work(case.shape, case.phase, case.dtype.itemsize)
+        ),
+        entries=[_result(entry, samples, launches, notes, failed) for entry in entries],
+    )
+
+
+def _result(
+    entry: Entry,
+    samples: Samples,
+    launches: Samples,
+    notes: dict[str, str | None],
+    failed: dict[str, str],
+) -> EntryResult:
+    if entry.name in failed:
+        return EntryResult(entry.name, entry.ours, failed=failed[entry.name])
+    others = [name for name in samples if name != entry.name and (entry.ours or name == EAGER)]
+    return EntryResult(
+        name=entry.name,
+        ours=entry.ours,
+        seconds=Spread.of(samples[entry.name]),
+        speedup={other: speedup(samples, entry.name, other) for other in others},
+        launch_seconds=Spread.of(launches[entry.name]) if launches else None,
+        note=notes[entry.name],
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 1 where an entry failed its check."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    known = subjects()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
+    parser.add_argument("--ops", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE-DATE.json")
+    parser.add_argument("--seconds", type=float, default=2.5, help="per case")
+    parser.add_argument("--rounds", type=int, default=15, help="per case, at least")
+    options = parser.parse_args(arguments)
+    if native.IMPORT_ERROR is not None:
+        sys.exit(f"the compiled module did not import: {native.IMPORT_ERROR}")
+
+    device = machine.default_device()
+    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    out = options.out or RESULTS / f"{device.type}-{now:%Y-%m-%d}.json"
+    (commit, dirty), described = machine.commit(), machine.describe()
+    todo = [case for op in options.ops for case in cases(known[op], device)]
+    ceilings = roofline.measure(device, todo[0].dtype)
+    record = Record(
+        schema=SCHEMA,
+        date=now.isoformat(),
+        command=shlex.join(["python", "-m", "benchmarks.record", *arguments]),
+        commit=commit,
+        dirty=dirty,
+        device=device.type,
+        threads=torch.get_num_threads(),
+        machine=described,
+        versions=machine.versions(),
+        ceilings=ceilings,
+        cases=[
+            time_case(case, ceilings, options.seconds, options.rounds)
+            for case in progress_bar(todo, "benchmarks")
+        ],
+    )
+    record.save(out)
+    table.write(out)
+    plot.write(out)
+    print(table.markdown(record))
+    print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
+    failures = [f for case in record.cases for entry in case.entries if (f := entry.failed)]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What is timed, and that nothing wrong ever is."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.case import Bench, Case, Entry, cases
+from benchmarks.subject import PHASES, Outputs, Phase, Shape, Subject, Tensors, subjects
+from snkernels.kernels import native
+from snkernels.ops.library import OFFERED
+
+SUBJECTS = subjects()
+TINY = Shape("S→L", {"M": 30, "K": 40, "N": 50, "r": 4})
+
+
+@pytest.fixture(params=["stitch", "stitch_layer_norm"])
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param]
+
+
+def tiny(subject: Subject, phase: Phase = "forward+backward", r: int = 4) -> Case:
+    shape = dataclasses.replace(TINY, sizes={**TINY.sizes, "r": r})
+    return Case(subject, shape, torch.float32, torch.device("cpu"), phase)
+
+
+@pytest.mark.parametrize("op", SUBJECTS)
+def test_every_benchmark_file_is_of_an_op(op: str) -> None:
+    assert op in OFFERED
+    found = cases(SUBJECTS[op], torch.device("cpu"))
+    assert {case.phase for case in found} == set(PHASES)
+    assert len({str(case) for case in found}) == len(found)
+
+
+def test_every_kernel_stands_beside_the_five_baselines(subject: Subject) -> None:
+    assert native.IMPORT_ERROR is None, native.IMPORT_ERROR
+    largest = cases(subject, torch.device("cpu"))[0]
+    names = [entry.name for entry in largest.entries()]
+    baselines = ["eager", "addmm", "merged", "merge each call", "torch.compile"]
+    assert names == [*baselines, "torch backend", "cpu backend"]
+    assert [entry.name for entry in largest.entries() if entry.ours] == ["cpu backend"]
+    assert len([case for case in cases(subject, torch.device("cpu")) if case.shape.compiled]) == 6
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("r", [0, 4])
+def test_all_entries_pass_the_check(subject: Subject, phase: Phase, r: int) -> None:
+    case = tiny(subject, phase, r)
+    bench = Bench(case)
+    for entry in case.entries():
+        assert bench.check(entry) is None, entry.name
+        (call,) = bench.calls(entry)
+        with bench.scope(entry):
+            outputs = call()
+        learned = {"inference": 0, "forward": 0, "forward+backward": 1}[phase]
+        wanted = sum(leaf.requires_grad for leaf in bench.arguments[0].values())
+        count = len(subject.eager(bench.arguments[0])) + learned * wanted
+        assert len(outputs) == count
+        assert outputs[0].requires_grad == (phase != "inference")
+
+
+def test_training_learns_all_but_the_frozen_weight(subject: Subject) -> None:
+    arguments = Bench(tiny(subject)).arguments[0]
+    assert [name for name, leaf in arguments.items() if not leaf.requires_grad] == ["weight"]
+
+
+def spoiled(entry: Entry, backend: str | None, factor: float) -> Entry:
+    """The entry with outputs off by a factor, as a baseline or as a kernel."""
+
+    def bind(t: Tensors) -> Callable[[], Outputs]:
+        call = entry.bind(t)
+        return lambda: tuple(output * factor for output in call())
+
+    return Entry("spoiled", bind, backend, entry.lacks)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_wrong_is_refused(subject: Subject, phase: Phase) -> None:
+    bench = Bench(tiny(subject, phase))
+    eager = bench.case.entries()[0]
+    for backend in (None, "cpu"):
+        for factor in (1.01, float("nan")):
+            with pytest.raises(AssertionError, match="output 0: error"):
+                bench.check(spoiled(eager, backend, factor))
+
+
+def test_a_baseline_may_be_inexact_with_a_note_but_no_kernel(subject: Subject) -> None:
+    bench = Bench(tiny(subject))
+    eager = bench.case.entries()[0]
+    note = bench.check(spoiled(eager, None, 1 + 1e-5))
+    assert note is not None
+    assert "error" in note
+    with pytest.raises(AssertionError, match="error"):
+        bench.check(spoiled(eager, "cpu", 1 + 1e-5))
+
+
+def test_a_gradient_that_is_missing_must_be_declared(subject: Subject) -> None:
+    bench = Bench(tiny(subject))
+    merged = next(entry for entry in bench.case.entries() if entry.name == "merged")
+    assert bench.check(merged) is None
+    with pytest.raises(AssertionError, match="no grad of lora_A"):
+        bench.check(dataclasses.replace(merged, lacks=("lora_B",)))
+
+
+def test_work_counts_every_gemm_and_tensor_once() -> None:
+    work = SUBJECTS["stitch_layer_norm"].work
+    x, y, weight, low_rank = 30 * 40, 30 * 50, 40 * 50, 4 * 90
+    gemm = 2 * 30 * 40 * 50
+    inference = work(TINY, "inference", 4)
+    assert (inference.flops, inference.bytes) == (gemm, 4 * (x + weight + 2 * y))
+    forward = work(TINY, "forward", 4)
+    assert forward.flops == gemm + 2 * 4 * 40 * 50
+    assert forward.bytes == inference.bytes + 4 * low_rank
+    step = work(TINY, "forward+backward", 2)
+    assert step.flops == forward.flops + gemm + 4 * 30 * low_rank
+    assert step.bytes == 2 * (2 * x + weight + 3 * y + 2 * low_rank + forward.bytes // 4)
