@@ -1,1 +1,53 @@
-"""Fused kernels and a model layer for stitched vision transformers."""
+"""Fused kernels and a model layer for stitched vision transformers.
+
+Names are imported when first used, so ``import snkernels`` costs nothing and cannot fail for a
+missing part.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from snkernels import layers, ops
+    from snkernels.backends import use_backend
+    from snkernels.evaluation import evaluate
+    from snkernels.models.stitched import StitchedViT
+    from snkernels.models.vit import PlainViT
+
+    __version__: str
+
+__all__ = [
+    "PlainViT",
+    "StitchedViT",
+    "__version__",
+    "evaluate",
+    "layers",
+    "ops",
+    "use_backend",
+]
+
+_HOMES = {
+    "PlainViT": "snkernels.models.vit",
+    "StitchedViT": "snkernels.models.stitched",
+    "evaluate": "snkernels.evaluation",
+    "use_backend": "snkernels.backends",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in ("layers", "ops"):
+        value = importlib.import_module(f"snkernels.{name}")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("snkernels")
+    else:
+        raise AttributeError(f"module 'snkernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
