@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+import device  # noqa: F401 - before anything imports triton
 import pytest
 import torch
 

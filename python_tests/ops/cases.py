@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from device import DEVICE
 from torch import Tensor
 
 from snkernels.ops import residual_layer_norm, stitch, stitch_layer_norm
@@ -183,7 +184,7 @@ def run(
         for name, value in tensors.items()
     }
     outputs = function(leaves, 0.25)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     weights = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
     differentiable = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]

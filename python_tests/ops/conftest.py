@@ -2,17 +2,34 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cases import OPS
+from device import DEVICE
 
 from snkernels.backends import use_backend
 from snkernels.kernels import native
+from snkernels.ops.library import OFFERED
 
 ISAS = ("avx512", "avx2", "portable")
 
 
-@pytest.fixture(params=["torch", *(f"cpu-{isa}" for isa in ISAS), "triton"])
+COMPILED = [f"cpu-{isa}" for isa in ISAS] if DEVICE == "cpu" else ["cuda"]
+
+
+@pytest.fixture(autouse=True)
+def _tensors_are_made_on_the_device() -> Iterator[None]:
+    if DEVICE == "cpu":
+        yield
+        return
+    with torch.device(DEVICE):
+        yield
+
+
+@pytest.fixture(params=["torch", *COMPILED, "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that runs CPU tensors, the compiled one once per instruction set."""
+    """Every backend that runs here and has the op, the one for CPUs once per instruction set."""
     name, _, isa = request.param.partition("-")
+    if name not in OFFERED[op_of(request)]:
+        pytest.skip(f"{op_of(request)} has no {name} kernel")
     if not isa:
         with use_backend(name):
             yield name
@@ -27,6 +44,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield name
     finally:
         native._C.cpu_use_isa(previous)
+
+
+def op_of(request: pytest.FixtureRequest) -> str:
+    """The op that a test is about: its parameter, or else its module's only one."""
+    tested = request.node.callspec.params.values()
+    names = [name for name, op in OPS.items() if op in tested]
+    return names[0] if names else request.module.OP
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import itertools
 import pytest
 import torch
 from cases import OPS, SHAPES, STITCHES, Op, Shape, learnt, make, run
+from device import DEVICE
 from judge import assert_as_exact_as_torch
 
 from snkernels.backends import use_backend
@@ -30,7 +31,7 @@ def stitch_op(request: pytest.FixtureRequest) -> Op:
 
 
 def skip_what_the_interpreter_gets_wrong(backend: str, *dtypes: torch.dtype | None) -> None:
-    if backend == "triton" and torch.bfloat16 in dtypes:
+    if backend == "triton" and DEVICE == "cpu" and torch.bfloat16 in dtypes:
         pytest.skip("Triton's interpreter multiplies bf16 as raw bits; needs a GPU")
 
 
@@ -138,7 +139,7 @@ def test_autocast(op: Op, backend: str, autocast_dtype: torch.dtype) -> None:
     skip_what_the_interpreter_gets_wrong(backend, autocast_dtype)
 
     def under_autocast(tensors: dict[str, torch.Tensor], scaling: float) -> tuple:
-        with torch.autocast("cpu", autocast_dtype):
+        with torch.autocast(DEVICE, autocast_dtype):
             return op.call(tensors, scaling)
 
     def eager(tensors: dict[str, torch.Tensor], scaling: float) -> tuple:
@@ -157,7 +158,7 @@ def test_autocast(op: Op, backend: str, autocast_dtype: torch.dtype) -> None:
 
 def test_autocast_leaves_fp64_alone(op: Op) -> None:
     tensors = make(op, Shape(20, 30, 40, 4), torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert all(output.dtype == torch.float64 for output in op.call(tensors, 0.25))
 
 
@@ -221,7 +222,7 @@ def test_a_second_derivative_is_refused(op: Op, backend: str) -> None:
 def test_compiles_whole(op: Op, compiler: str) -> None:
     torch.use_deterministic_algorithms(False)
     tensors = make(op, MIDDLE, torch.float32)
-    for backend in ("torch", "cpu"):
+    for backend in ("torch", DEVICE):
         torch.compiler.reset()
         compiled = torch.compile(op.call, fullgraph=True, backend=compiler)
         with use_backend(backend):

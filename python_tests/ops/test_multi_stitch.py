@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import EPS, OPS, STITCHES, Shape, Tensors, make, run
+from device import DEVICE
 from judge import assert_as_exact_as_torch
 from test_every_op import skip_what_the_interpreter_gets_wrong
 from torch import Tensor
@@ -13,6 +14,7 @@ from snkernels.ops import StitchGroup, multi_stitch, multi_stitch_layer_norm
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
+OP = "multi_stitch"
 K, N, SCALING = 30, 40, 0.25
 SIZES = {
     "one": [17],
@@ -96,7 +98,7 @@ def judge(sizes: list[int], normalize: bool, tensors: Tensors) -> None:
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_each_group_is_its_own_stitch(normalize: bool, backend: str, sizes: list[int]) -> None:
-    if backend == "triton" and len(sizes) > 100:
+    if backend == "triton" and DEVICE == "cpu" and len(sizes) > 100:
         pytest.skip("hundreds of groups take minutes in Triton's interpreter; needs a GPU")
     judge(sizes, normalize, make_groups(sizes, normalize, torch.float32))
 
@@ -161,7 +163,7 @@ def test_gradcheck(normalize: bool) -> None:
 def test_autocast(normalize: bool) -> None:
     sizes = SIZES["unequal"]
     tensors = make_groups(sizes, normalize, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         outputs = functions(sizes, normalize)[0](tensors, SCALING)
     assert all(output.dtype == torch.bfloat16 for output in outputs)
 

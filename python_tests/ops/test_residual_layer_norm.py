@@ -5,6 +5,8 @@ import torch
 
 from snkernels.ops import residual_layer_norm
 
+OP = "residual_layer_norm"
+
 
 def test_one_drop_path_value_for_each_sample(backend: str) -> None:
     h, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
