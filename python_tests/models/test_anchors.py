@@ -11,7 +11,7 @@ from snkernels.models.anchors import (
     check_pair,
     embed,
     embed_parameters,
-    readout,
+    finish,
     readout_parameters,
     run_blocks,
     vit_shape,
@@ -27,8 +27,9 @@ def test_the_parts_in_order_are_the_whole(make_vit: MakeViT) -> None:
     images = torch.randn(2, 3, 8, 8)
     tokens = embed(vit, images)
     assert tokens.shape == (2, 5, 12)
-    halfway = run_blocks(vit, tokens, 0, 1)
-    torch.testing.assert_close(readout(vit, run_blocks(vit, halfway, 1, 3)), vit(images))
+    for start in range(3):
+        halfway = run_blocks(vit, tokens, 0, start)
+        torch.testing.assert_close(finish(vit, halfway, start), vit(images))
 
 
 def test_a_block_can_be_entered_after_its_norm(make_vit: MakeViT) -> None:
@@ -39,6 +40,8 @@ def test_a_block_can_be_entered_after_its_norm(make_vit: MakeViT) -> None:
     # What enters the attention is the tensor that was handed in, not one computed anew.
     other = run_blocks(vit, tokens, 1, 3, torch.zeros_like(normed))
     assert not torch.allclose(other, run_blocks(vit, tokens, 1, 3))
+    torch.testing.assert_close(finish(vit, tokens, 1, normed), finish(vit, tokens, 1))
+    assert not torch.allclose(finish(vit, tokens, 1, normed * 2), finish(vit, tokens, 1))
 
 
 def test_entering_draws_the_block_s_own_stochastic_depth(make_vit: MakeViT) -> None:

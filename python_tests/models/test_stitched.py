@@ -81,19 +81,28 @@ def test_every_route_of_other_depths(make: Make, depths: tuple[int, int]) -> Non
         torch.testing.assert_close(model(images, stitch=route.id), expected)
 
 
-def test_the_switch_uses_the_norm_of_the_entry_block(
+def test_the_switch_computes_the_norm_of_the_entry_block(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the fused op is what runs, the entry block's own norm1 must not run again."""
     model = make()
-    entry = model.large.blocks[2].norm1
-    norms = []
+    norms: list[nn.Module] = []
     layer = model.stitch_layers[0][0]
-    fused = layer.forward_norm
+    fused, apart = layer.forward_norm, nn.LayerNorm.forward
     monkeypatch.setattr(layer, "forward_norm", lambda x, norm: norms.append(norm) or fused(x, norm))
-    entry.register_forward_hook(lambda *_: pytest.fail("norm1 of the entry block ran by itself"))
-    model(torch.randn(1, 3, 8, 8), stitch=2)
-    assert norms == [entry]
+    monkeypatch.setattr(
+        nn.LayerNorm, "forward", lambda norm, x: norms.append(norm) or apart(norm, x)
+    )
+    images = torch.randn(1, 3, 8, 8)
+    entry = model.large.blocks[2]
+    model(images, stitch=2)
+    assert norms.count(entry.norm1) == 1
+    # A block with a hook is called as a module, and so runs its own norm.
+    norms.clear()
+    entry.register_forward_hook(lambda *_: norms.append(entry))
+    plain = model(images, stitch=2)
+    assert norms.count(entry.norm1) == norms.count(entry) == 1
+    torch.testing.assert_close(plain, model(images, stitch=2))
 
 
 def test_gradients_reach_what_the_route_uses_and_nothing_else(make: Make) -> None:

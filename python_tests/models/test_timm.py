@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snkernels.models.anchors import check_anchor, vit_shape
+from snkernels.models.anchors import check_anchor, embed, finish, vit_shape
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
 from snkernels.routing.cost import ViTShape
@@ -94,7 +94,7 @@ def test_images_of_another_size_where_the_vits_resample(make_timm: MakeTimm) -> 
 
 
 def test_patch_dropout_drops_in_training_only(make_timm: MakeTimm) -> None:
-    small, large = make_timm(patch_drop_rate=0.5), make_timm(patch_drop_rate=0.5, depth=3)
+    small, large = make_timm(patch_drop_rate=0.5), make_timm(patch_drop_rate=0.5, depth=4)
     model = StitchedViT(small, large)
     tokens: list[int] = []
     large.blocks[2].mlp.register_forward_hook(lambda *call: tokens.append(call[2].shape[1]))
@@ -105,6 +105,30 @@ def test_patch_dropout_drops_in_training_only(make_timm: MakeTimm) -> None:
     assert tokens[0] == tokens[1] == 1 + 2
     model.init_stitches(images)
     assert tokens[2:] == [1 + 4, 1 + 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_draws_the_stochastic_depth_of_timm(make_timm: MakeTimm, kind: str) -> None:
+    vit = make_timm(drop_path_rate=0.5, depth=3, **KINDS[kind]).double().train()
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = vit(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(finish(vit, embed(vit, images), 0), expected)
+    torch.manual_seed(2)
+    assert not torch.allclose(finish(vit, embed(vit, images), 0), expected)
+
+
+def test_only_the_class_token_passes_the_last_mlp_where_the_head_reads_it_alone(
+    make_timm: MakeTimm,
+) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    tokens: list[int] = []
+    for kind, expected in (("dinov2 with registers", 1), ("mean pooling", 4), ("scaled norms", 5)):
+        vit = make_timm(**KINDS[kind])
+        vit.blocks[-1].mlp.register_forward_hook(lambda *call: tokens.append(call[2].shape[1]))
+        finish(vit, embed(vit, images), 0)
+        assert tokens.pop() == expected, kind
 
 
 def test_a_plain_vit_and_a_timm_vit_fit_together(

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from snkernels.models.blocks import Block, entry_norm, is_plain_norm, run_block
 from snkernels.routing.cost import ViTShape
 
 # An nn.Module that `check_anchor` accepts; which parts that means no type of torch can say.
@@ -176,25 +177,44 @@ def run_blocks(
         tokens: The residual stream before block ``start``.
         start: First block that runs.
         stop: First block that does not.
-        normed: ``norm1`` of block ``start`` of the tokens, where a stitch has computed it already.
-            That block is then run part by part, so hooks on the block itself do not see it.
+        normed: The ``entry_norm`` of block ``start`` of the tokens, where a stitch has computed it.
 
     Returns:
         The residual stream after block ``stop - 1``, (B, N, embed_dim).
     """
-    if normed is not None:
-        block = vit.blocks[start]
-        tokens = tokens + block.drop_path1(block.ls1(block.attn(normed)))
-        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-        start += 1
-    for i in range(start, stop):
-        tokens = vit.blocks[i](tokens)
+    tokens, _ = _chain(list(vit.blocks)[start:stop], tokens, normed, None)
     return tokens
 
 
-def readout(vit: Anchor, tokens: Tensor) -> Tensor:
-    """Map the residual stream after the last block (B, N, embed_dim) to logits (B, classes)."""
-    return vit.forward_head(vit.norm(tokens))
+def finish(vit: Anchor, tokens: Tensor, start: int, normed: Tensor | None = None) -> Tensor:
+    """Run the blocks from ``start`` to the last one, and read the tokens out.
+
+    Where the head reads the class token alone, the last block computes no other.
+
+    Args:
+        vit: The anchor.
+        tokens: The residual stream before block ``start``, (B, N, embed_dim).
+        start: First block that runs; there must be one.
+        normed: The ``entry_norm`` of block ``start`` of the tokens, where a stitch has computed it.
+
+    Returns:
+        Logits (B, classes).
+    """
+    *blocks, last = list(vit.blocks)[start:]
+    tokens, normed = _chain(blocks, tokens, normed, entry_norm(last))
+    norm = vit.norm if is_plain_norm(vit.norm) else None
+    tokens, normed = run_block(last, tokens, normed, norm, vit.global_pool == "token")
+    return vit.forward_head(vit.norm(tokens) if normed is None else normed)
+
+
+def _chain(
+    blocks: list[Block], tokens: Tensor, normed: Tensor | None, following: nn.LayerNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    """Run blocks one after another; ``following`` is the norm after the last."""
+    norms = [*map(entry_norm, blocks[1:]), following]
+    for block, norm in zip(blocks, norms, strict=False):
+        tokens, normed = run_block(block, tokens, normed, norm)
+    return tokens, normed
 
 
 def readout_parameters(vit: Anchor) -> Iterator[nn.Parameter]:

@@ -22,11 +22,12 @@ from snkernels.models.anchors import (
     describe,
     embed,
     embed_parameters,
-    readout,
+    finish,
     readout_parameters,
     run_blocks,
     vit_shape,
 )
+from snkernels.models.blocks import entry_norm
 from snkernels.models.least_squares import cut_moments, solve
 from snkernels.models.vit import PlainViT
 from snkernels.progress import progress_bar
@@ -356,15 +357,19 @@ class StitchedViT(nn.Module):
 
     def _execute(self, route: Route, images: Tensor) -> Tensor:
         """Run one route: its segments in order, with a stitch between each and the next."""
-        first, *rest = route.segments
-        vit = self._anchor(first.anchor)
-        tokens = run_blocks(vit, embed(vit, images), first.start, first.stop)
-        for stitch, segment in zip(route.stitches, rest, strict=True):
-            vit = self._anchor(segment.anchor)
-            layer = self._stitch(stitch)
-            tokens, normed = layer.forward_norm(tokens, vit.blocks[segment.start].norm1)
+        vit = self._anchor(route.segments[0].anchor)
+        tokens, normed = embed(vit, images), None
+        for segment, stitch, entry in zip(
+            route.segments, route.stitches, route.segments[1:], strict=False
+        ):
             tokens = run_blocks(vit, tokens, segment.start, segment.stop, normed)
-        return readout(vit, tokens)
+            vit = self._anchor(entry.anchor)
+            layer, norm = self._stitch(stitch), entry_norm(vit.blocks[entry.start])
+            if norm is None:
+                tokens, normed = layer(tokens), None
+            else:
+                tokens, normed = layer.forward_norm(tokens, norm)
+        return finish(vit, tokens, route.segments[-1].start, normed)
 
     def _price(self, route: Route) -> ModelRoute:
         """Add to a route what it costs here."""

@@ -1,0 +1,190 @@
+"""How a pre-norm block is run: one pass over the tokens between any two GEMMs or attentions.
+
+A block adds two branches to the residual stream, and what comes next normalises each sum: norm2,
+norm1 of the next block, or the norm before the head.  Here the sum, with LayerScale and stochastic
+depth, and that norm are one step, so the stream travels as a pair (h, LN(h)).  Samples whose branch
+stochastic depth drops are left out of the branch, not computed and zeroed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snkernels.backends import choose
+from snkernels.ops import residual_layer_norm
+from snkernels.ops.library import OFFERED
+
+# A module that `anchors.check_anchor` accepts as a block; no type of torch says which parts.
+Block: TypeAlias = Any
+
+# Classes whose forward is known to be what is done here part by part.
+_BLOCKS = {"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"}
+_ATTENTIONS = {
+    "snkernels.models.vit.Attention",
+    "timm.layers.attention.Attention",
+    "timm.models.vision_transformer.Attention",
+}
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def runs_in_parts(block: Block) -> bool:
+    """Whether a block is run part by part; otherwise it is called as a module.
+
+    It must be a block of ``PlainViT`` or timm's ``VisionTransformer``, and those of its parts that
+    are not called here must be LayerNorm, LayerScale, DropPath or identities that nobody has
+    hooked, wrapped or compiled.
+    """
+    parts = block._modules
+    scales = (parts["ls1"], parts["ls2"])
+    drops = (parts["drop_path1"], parts["drop_path2"])
+    return (
+        _class_name(block) in _BLOCKS
+        and all(map(_untouched, (block, *scales, *drops)))
+        and is_plain_norm(parts["norm1"])
+        and is_plain_norm(parts["norm2"])
+        and all(hasattr(scale, "gamma") or isinstance(scale, nn.Identity) for scale in scales)
+        and all(hasattr(drop, "drop_prob") or isinstance(drop, nn.Identity) for drop in drops)
+    )
+
+
+def entry_norm(block: Block) -> nn.LayerNorm | None:
+    """Return norm1 for what is before the block to compute; None where the block has to run it."""
+    return block.norm1 if runs_in_parts(block) else None
+
+
+def run_block(
+    block: Block,
+    h: Tensor,
+    normed: Tensor | None,
+    following: nn.LayerNorm | None,
+    class_token_only: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Run one block on tokens (B, N, width).
+
+    Args:
+        block: The block.
+        h: The residual stream before it.
+        normed: ``block.norm1(h)``, or None where it is not known yet.
+        following: The norm that comes after the block, or None where none does.
+        class_token_only: Whether only the first token is read afterwards.  What the others would
+            have become is then left out where the block allows it, and N in the outputs is 1.
+
+    Returns:
+        The residual stream after the block, and ``following`` of it; None where that is None, or
+        where the block has to be called as a module.
+    """
+    if not runs_in_parts(block):
+        return block(h), None
+    if normed is None:
+        normed = block.norm1(h)
+    attention = block.attn
+    if class_token_only and _is_plain(attention):
+        attention, h = partial(_attend_from_class_token, attention), h[:, :1]
+    branch, scale = _branch(attention, normed, block.drop_path1)
+    h, normed = _add(h, branch, block.ls1, scale, block.norm2)
+    branch, scale = _branch(block.mlp, normed, block.drop_path2)
+    return _add(h, branch, block.ls2, scale, following)
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a norm is a LayerNorm as it was made, so that another op may compute it."""
+    return isinstance(norm, nn.LayerNorm) and _untouched(norm)
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    state = vars(module)
+    return (
+        not any(state[hooks] for hooks in _HOOKS)
+        and "forward" not in state
+        and module._compiled_call_impl is None
+    )
+
+
+def _branch(
+    module: Callable[[Tensor], Tensor], normed: Tensor, drop_path: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """Return the branch of every sample, and what stochastic depth multiplies it by.
+
+    The mask is drawn as DropPath draws it: the same generator gives the same mask.  In CPU memory
+    only samples that are kept go through the module; a GPU would have to wait for their number.
+    """
+    rate = getattr(drop_path, "drop_prob", 0.0)
+    if rate == 0.0 or not drop_path.training:
+        return module(normed), None
+    keep = 1.0 - rate
+    dtype = torch.promote_types(normed.dtype, torch.float32)
+    scale = normed.new_empty(normed.shape[0], dtype=dtype).bernoulli_(keep)
+    kept = scale.nonzero().squeeze(1) if scale.device.type == "cpu" else None
+    if keep > 0.0 and getattr(drop_path, "scale_by_keep", True):
+        scale /= keep
+    if kept is None:
+        return module(normed), scale
+    part = module(normed.index_select(0, kept))
+    return part.new_zeros(len(scale), *part.shape[1:]).index_copy(0, kept, part), scale
+
+
+def _add(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: nn.Module,
+    scale: Tensor | None,
+    norm: nn.LayerNorm | None,
+) -> tuple[Tensor, Any]:
+    """Add a branch to the residual stream and normalise the sum, where a norm follows.
+
+    In one pass where there is a kernel for it; what stands for one elsewhere is no faster than
+    torch's own LayerNorm.
+    """
+    gamma = getattr(layer_scale, "gamma", None)
+    if norm is not None and _has_kernel(h):
+        return residual_layer_norm(h, branch, gamma, scale, norm.weight, norm.bias, norm.eps)
+    if scale is not None:
+        branch = branch * scale.to(branch.dtype).view(-1, 1, 1)
+    h = h + branch if gamma is None else torch.addcmul(h, branch, gamma)
+    return h, None if norm is None else norm(h)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    op = "residual_layer_norm"
+    return choose(op, OFFERED[op], x.device.type, x.dtype).backend != "torch"
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether attention is qkv, softmax and proj, and nothing else in its present mode."""
+    others = [m for name, m in attention.named_children() if name not in ("qkv", "proj")]
+    return (
+        _class_name(attention) in _ATTENTIONS
+        and type(attention.qkv) is nn.Linear
+        and _untouched(attention)
+        and _untouched(attention.qkv)
+        and all(
+            isinstance(m, nn.Identity)
+            or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
+            for m in others
+        )
+    )
+
+
+def _attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
+    """Map tokens (B, N, width) to the first token of what ``attention`` gives, (B, 1, width)."""
+    linear = attention.qkv
+    width = linear.out_features // 3
+    q_weight, kv_weight = linear.weight.split((width, 2 * width))
+    q_bias, kv_bias = (None, None) if linear.bias is None else linear.bias.split((width, 2 * width))
+    heads = attention.num_heads
+    q = F.linear(x[:, :1], q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    kv = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, *kv.unbind(0))
+    return attention.proj(attended.transpose(1, 2).flatten(2))
