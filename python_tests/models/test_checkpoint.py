@@ -337,7 +337,7 @@ def assert_equal_states(a: State, b: State) -> None:
 
 
 def test_our_file_builds_the_same_model(make: Make, tmp_path: Path) -> None:
-    model = make(seed=3, gap=1.0, tilt=True, shared_draws=True)
+    model = make(seed=3, gap=1.0, tilt=True, draws="equal_cost")
     for _ in range(5):
         model.sampler.draw()
     model.save(tmp_path / "model.safetensors")

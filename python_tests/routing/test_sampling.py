@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from snkernels.routing.cost import ViTShape, route_flops
-from snkernels.routing.sampling import RouteSampler, cost_groups, default_gap
+from snkernels.routing.sampling import Draws, RouteSampler, cost_groups, default_gap
 from snkernels.routing.space import StitchingSpace
 
 SHAPES = {
@@ -141,22 +141,41 @@ def test_other_generators_do_not_matter() -> None:
 def test_ranks_draw_their_own_or_all_the_same() -> None:
     own = [draws_of(rank=rank) for rank in range(4)]
     assert len({tuple(draws) for draws in own}) == 4
-    same = [draws_of(rank=rank, shared=True) for rank in range(4)]
+    same = [draws_of(rank=rank, draws="shared") for rank in range(4)]
     assert same == [same[0]] * 4
     # Draws of two ranks agree no more often than chance: 2/169 + 132 (1/156)² = 1.7 %.
     agree = sum(a == b for a, b in zip(draws_of(3000), draws_of(3000, rank=1), strict=True))
     assert agree < 90
 
 
-@pytest.mark.parametrize("shared", [False, True])
+def test_ranks_draw_routes_of_equal_cost() -> None:
+    by_rank = [draws_of(3000, rank=rank, draws="equal_cost") for rank in range(3)]
+    number = {i: n for n, group in enumerate(RouteSampler(S_L).groups) for i in group}
+    groups = [[number[route] for route in draws] for draws in by_rank]
+    assert groups == [groups[0]] * 3
+    # In a group of twelve, two ranks agree by chance; 11/13 of 3000 draws fall into such groups.
+    pairs = [(a, b) for a, b in zip(*by_rank[:2], strict=True) if a > 1]
+    assert len(pairs) > 2400
+    agree = Counter(a == b for a, b in pairs)
+    assert chi_square(agree, {True: 1 / 12, False: 11 / 12}) < 10.83  # 99.9 %, 1 degree of freedom
+    for draws in by_rank:
+        assert chi_square(Counter(draws), RouteSampler(S_L).probabilities()) < CHI_SQUARE_133
+
+
+def test_unknown_kind_of_draws() -> None:
+    with pytest.raises(ValueError, match="one of own, shared, equal_cost, got 'same'"):
+        RouteSampler(S_L, draws="same")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draws", ["own", "shared", "equal_cost"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_state_of_rank_zero_resumes_every_rank(rank: int, shared: bool) -> None:
-    expected = draws_of(60, seed=9, rank=rank, shared=shared)
-    writer = RouteSampler(S_L, seed=9, rank=0, shared=shared)
+def test_state_of_rank_zero_resumes_every_rank(rank: int, draws: Draws) -> None:
+    expected = draws_of(60, seed=9, rank=rank, draws=draws)
+    writer = RouteSampler(S_L, seed=9, rank=0, draws=draws)
     for _ in range(25):
         writer.draw()
     text = json.dumps(writer.state_dict())
-    resumed = RouteSampler(S_L, seed=1234, rank=rank, shared=shared)
+    resumed = RouteSampler(S_L, seed=1234, rank=rank, draws=draws)
     resumed.draw()
     resumed.load_state_dict(json.loads(text))
     assert [resumed.draw() for _ in range(35)] == expected[25:]

@@ -32,7 +32,7 @@ from snkernels.models.least_squares import cut_moments, solve
 from snkernels.models.vit import PlainViT
 from snkernels.progress import progress_bar
 from snkernels.routing.cost import route_flops
-from snkernels.routing.sampling import RouteSampler
+from snkernels.routing.sampling import Draws, RouteSampler
 from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
 
 
@@ -63,8 +63,9 @@ class StitchedViT(nn.Module):
         gap: Multiply-adds that a group of routes of about equal cost spans; None fits it to the
             anchors.  See ``snkernels.routing.sampling.cost_groups``.
         tilt: Whether costly groups are drawn more often.
-        shared_draws: Whether all data-parallel ranks draw the same route; otherwise each draws its
-            own.  The rank is that of the default process group at the time of construction.
+        draws: How the routes of data-parallel ranks relate: "own", "shared" or "equal_cost"; see
+            ``snkernels.routing.sampling.RouteSampler``.  The rank is that of the default process
+            group at the time of construction.
 
     Attributes:
         anchors: The two anchors.
@@ -77,7 +78,8 @@ class StitchedViT(nn.Module):
 
     Raises:
         TypeError: If an anchor lacks a part; the message names it.
-        ValueError: If the anchors do not fit together, or ``rank`` is negative.
+        ValueError: If the anchors do not fit together, ``rank`` is negative, or ``draws`` is none
+            of the three.
 
     Source: Pan, Liu, He, Cai, Zhuang, "Stitched ViTs are Flexible Vision Backbones", ECCV 2024.
     """
@@ -91,7 +93,7 @@ class StitchedViT(nn.Module):
         seed: int = 0,
         gap: float | None = None,
         tilt: bool = False,
-        shared_draws: bool = False,
+        draws: Draws = "own",
     ) -> None:
         super().__init__()
         check_pair(small, large)
@@ -114,7 +116,7 @@ class StitchedViT(nn.Module):
             for direction, count in enumerate(self.space.num_stitches)
         )
         self.routes: tuple[ModelRoute, ...] = tuple(self._price(route) for route in self.space)
-        self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "shared": shared_draws}
+        self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "draws": draws}
         distributed = dist.is_available() and dist.is_initialized()
         self.sampler = RouteSampler(
             {route.id: route.flops for route in self.routes},
@@ -333,7 +335,7 @@ class StitchedViT(nn.Module):
             config["rank"],
             gap=sampling["gap"],
             tilt=sampling["tilt"],
-            shared_draws=sampling["shared"],
+            draws=sampling["draws"],
         )
         for key, parameter in model.named_parameters():
             if key in tensors:

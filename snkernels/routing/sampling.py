@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from snkernels.routing.space import LARGE, SMALL
+
+Draws: TypeAlias = Literal["own", "shared", "equal_cost"]
+"""How the routes that data-parallel ranks draw at one step relate; see `RouteSampler`."""
 
 
 def cost_groups(flops: Mapping[int, int], gap: float) -> list[list[int]]:
@@ -74,11 +77,13 @@ class RouteSampler:
         tilt: Draw costly groups more often: with k groups, group i = 1 … k by rising cost has a
             probability proportional to i/k + 1/k. Otherwise all groups are equally likely.
         seed: Seed of the draws.
-        rank: Data-parallel rank; every rank has draws of its own.
-        shared: All ranks draw the same route at each step.
+        rank: Data-parallel rank.
+        draws: "own": every rank draws a route of its own. "shared": all ranks draw the same route
+            at each step. "equal_cost": all ranks draw the same group, and each its own route in
+            it, so that no rank waits for one with a costlier route.
 
     Raises:
-        ValueError: See `cost_groups` and `default_gap`.
+        ValueError: ``draws`` is none of these; see also `cost_groups` and `default_gap`.
     """
 
     def __init__(
@@ -89,21 +94,27 @@ class RouteSampler:
         tilt: bool = False,
         seed: int = 0,
         rank: int = 0,
-        shared: bool = False,
+        draws: Draws = "own",
     ) -> None:
+        if draws not in get_args(Draws):
+            raise ValueError(f"draws must be one of {', '.join(get_args(Draws))}, got {draws!r}")
         self.groups = cost_groups(flops, default_gap(flops) if gap is None else gap)
         self._weights = [i + 1 if tilt else 1 for i in range(1, len(self.groups) + 1)]
-        self._stream = "shared" if shared else f"rank {rank}"
+        self._group_stream = f"rank {rank}" if draws == "own" else "shared"
+        self._route_stream = "shared" if draws == "shared" else f"rank {rank}"
         self._seed = seed
         self._draws = 0
 
     def draw(self) -> int:
         """Returns the route id of the next step."""
         # A text seed is hashed in full, so that neighbouring draws are unrelated.
-        generator = random.Random(f"{self._seed}, {self._stream}, {self._draws}")
+        generators = {
+            stream: random.Random(f"{self._seed}, {stream}, {self._draws}")
+            for stream in (self._group_stream, self._route_stream)
+        }
         self._draws += 1
-        (group,) = generator.choices(self.groups, self._weights)
-        return generator.choice(group)
+        (group,) = generators[self._group_stream].choices(self.groups, self._weights)
+        return generators[self._route_stream].choice(group)
 
     def probabilities(self) -> dict[int, float]:
         """Returns the probability of each route id, in the order of the groups."""
