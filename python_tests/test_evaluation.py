@@ -150,12 +150,17 @@ IMAGES, LABELS = torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
         ([(IMAGES[:0], LABELS[:0])], ValueError, "at least one image"),
         ([IMAGES], TypeError, r"\(images, labels\), got Tensor"),
         ([(IMAGES, [0, 1, 2])], TypeError, "labels must be a tensor, got list"),
+        ([(IMAGES.byte(), LABELS)], TypeError, "images must be floating point, got torch.uint8"),
         ([(IMAGES, LABELS[:2])], ValueError, r"shape \(3,\), got torch.int64 of shape \(2,\)"),
         ([(IMAGES, LABELS.float())], ValueError, "must be integers .* got torch.float32"),
         ([(IMAGES, LABELS + 7)], ValueError, "labels must be in 0–6, got 7–7"),
         ([(IMAGES, LABELS - 1)], ValueError, "labels must be in 0–6, got -1–-1"),
         ([(IMAGES[:, :, :7], LABELS)], ValueError, "images must have shape"),
-        ([(IMAGES.double().log().sqrt(), LABELS)], ValueError, r"route 0 \(S0–1\).*not finite"),
+        (
+            [(IMAGES.double().log().sqrt(), LABELS)],
+            ValueError,
+            r"logits of route 0 \(S0–1\) must be finite",
+        ),
     ],
 )
 def test_bad_data_is_named(
@@ -191,7 +196,7 @@ def test_top5_is_left_out_with_five_classes(tmp_path: Path) -> None:
 
 
 # Made up: L→S beats the line between the anchors by 5 points, S→L falls 2.5 below it.
-MADE_UP = {0: (1e6, 80.0), 1: (5e6, 90.0), 2: (3e6, 82.5), 4: (3e6, 90.0)}
+MADE_UP = {0: (1e6, 80.0), 1: (5e6, 90.0), 2: (2e6, 80.0), 4: (3e6, 90.0)}
 
 
 @pytest.fixture
@@ -214,7 +219,7 @@ def test_table_is_sorted_by_cost(made_up: Callable[..., Evaluation]) -> None:
     assert str(made_up(0, 1, 2, 4)).splitlines() == [
         "id  route      MFLOPs  top-1 %  top-5 %   loss  front",
         " 0  S0–1         1.00    80.00    99.00  0.500  yes",
-        " 2  S0 → L2–3    3.00    82.50    99.00  0.500  no",
+        " 2  S0 → L2–3    2.00    80.00    99.00  0.500  no",
         " 4  L0–1 → S1    3.00    90.00    99.00  0.500  yes",
         " 1  L0–3         5.00    90.00    99.00  0.500  no",
     ]
@@ -230,7 +235,7 @@ def test_summary_says_where_stitching_wins_and_where_not(
         "1 of 2 stitched routes lie above the straight line between the anchors: "
         "L→S 1 of 1, S→L 0 of 1.",
         "Furthest above: route 4 (L0–1 → S1), 90.00 % at 3.00 MFLOPs, by 5.00 points.",
-        "Furthest below: route 2 (S0 → L2–3), 82.50 % at 3.00 MFLOPs, by 2.50 points.",
+        "Furthest below: route 2 (S0 → L2–3), 80.00 % at 2.00 MFLOPs, by 2.50 points.",
     ]
     assert "Furthest above" not in made_up(0, 1, 2).summary()
     assert "Furthest below" not in made_up(0, 1, 4).summary()

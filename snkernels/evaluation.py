@@ -203,32 +203,35 @@ def evaluate(
             says which.
     """
     wanted = _wanted(model, routes)
-    counts = [_Counts() for _ in wanted]
+    like = next(model.parameters())
+    # Per route: images right, images with their class among the five best, loss.
+    sums = torch.zeros(len(wanted), 3, dtype=torch.float64, device=like.device)
     images_seen = 0
     with eval_mode(model), torch.inference_mode():
         for batch in progress_bar(loader, f"evaluation, {len(wanted)} routes: batches", progress):
-            images, labels = _checked(model, batch)
+            images, labels = _checked(batch, model.small.num_classes)
+            images, labels = images.to(like.device, like.dtype), labels.to(like.device, torch.long)
             images_seen += len(labels)
-            for route, count, logits in zip(
-                wanted, counts, _logits(model, images, wanted), strict=True
-            ):
-                if not bool(logits.isfinite().all()):
-                    raise ValueError(f"route {route.id} ({route}) gives logits that are not finite")
-                count.add(logits, labels)
+            for i, logits in enumerate(_logits(model, images, wanted)):
+                sums[i] += _rate(logits, labels)
+            finite = sums[:, 2].isfinite().tolist()
+            if not all(finite):
+                route = wanted[finite.index(False)]
+                raise ValueError(f"logits of route {route.id} ({route}) must be finite")
     if images_seen == 0:
         raise ValueError("loader must give at least one image, got none")
-    percent = 100 / images_seen
-    top1 = [count.top1 * percent for count in counts]
+    means = (sums / images_seen).tolist()
+    top1 = [100 * mean[0] for mean in means]
     front = set(pareto_front([route.flops for route in wanted], top1))
     scores = tuple(
         Score(
             route,
             top1=top1[i],
-            top5=count.top5 * percent if model.small.num_classes > _TOP else None,
-            loss=count.loss / images_seen,
+            top5=100 * means[i][1] if model.small.num_classes > _TOP else None,
+            loss=means[i][2],
             on_front=i in front,
         )
-        for i, (route, count) in enumerate(zip(wanted, counts, strict=True))
+        for i, route in enumerate(wanted)
     )
     return Evaluation(scores, images_seen)
 
@@ -257,20 +260,11 @@ def _logits(model: StitchedViT, images: Tensor, routes: Sequence[ModelRoute]) ->
         yield model(images, stitch=route.id)
 
 
-@dataclass
-class _Counts:
-    """Sums over the images that one route has seen."""
-
-    top1: int = 0
-    top5: int = 0
-    loss: float = 0.0
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        best = logits.topk(min(_TOP, logits.shape[-1])).indices
-        hits = best == labels[:, None]
-        self.top1 += int(hits[:, 0].sum())
-        self.top5 += int(hits.sum())
-        self.loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+def _rate(logits: Tensor, labels: Tensor) -> Tensor:
+    """Images right, images with their class among the five best, and loss, summed over a batch."""
+    hits = logits.topk(min(_TOP, logits.shape[-1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    return torch.stack((hits[:, 0].sum(), hits.sum(), loss))
 
 
 def _wanted(model: StitchedViT, routes: Literal["all"] | Iterable[int]) -> list[ModelRoute]:
@@ -285,23 +279,23 @@ def _wanted(model: StitchedViT, routes: Literal["all"] | Iterable[int]) -> list[
     return [known[route_id] for route_id in ids]
 
 
-def _checked(model: StitchedViT, batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a batch, where the model is."""
+def _checked(batch: Sequence[Any], classes: int) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a batch."""
     if not isinstance(batch, Sequence) or len(batch) < 2:
         raise TypeError(f"loader must give (images, labels), got {type(batch).__name__}")
     images, labels = batch[:2]
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, got {images.dtype}")
     if labels.is_floating_point() or labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels must be integers of shape ({len(images)},), "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    classes = model.small.num_classes
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(
             f"labels must be in 0–{classes - 1}, got {int(labels.min())}–{int(labels.max())}"
         )
-    like = next(model.parameters())
-    return images.to(like.device, like.dtype), labels.to(like.device, torch.int64)
+    return images, labels
