@@ -98,10 +98,9 @@ class Bench:
             leaves = self._leaves(made, case.dtype)
             with torch.no_grad():
                 outputs = case.subject.eager(leaves)
-            self._cotangents = [torch.randn_like(output) for output in outputs]
-        self.arguments = [leaves] + [
-            self._leaves(leaves, case.dtype) for _ in range(self._copies())
-        ]
+            self._cotangents = tuple(torch.randn_like(output) for output in outputs)
+        self.arguments = [leaves]
+        self.arguments += [self._leaves(leaves, case.dtype) for _ in range(self._copies())]
         eager = case.entries()[0]
         self._exact = self._results(eager, self._leaves(leaves, torch.float64))
         self._eager = self._results(eager, leaves)
@@ -156,7 +155,9 @@ class Bench:
 
     def calls(self, entry: Entry) -> list[Callable[[], Outputs]]:
         """Calls of the entry, one per copy of the arguments."""
-        return [self._call(entry, arguments) for arguments in self.arguments]
+        first, *others = self.arguments
+        copies = [self._call(entry, other, copy=True) for other in others]
+        return [self._call(entry, first), *copies]
 
     @contextlib.contextmanager
     def scope(self, entry: Entry) -> Iterator[None]:
@@ -190,12 +191,12 @@ class Bench:
         cache = torch.cuda.get_device_properties(case.device).L2_cache_size
         return math.ceil(2 * cache / work.bytes)
 
-    def _call(self, entry: Entry, arguments: Tensors) -> Callable[[], Outputs]:
+    def _call(self, entry: Entry, arguments: Tensors, copy: bool = False) -> Callable[[], Outputs]:
         forward = entry.bind(arguments)
         if self.case.phase != "forward+backward":
             return forward
         leaves = [leaf for leaf in arguments.values() if leaf.requires_grad]
-        cotangents = [c.to(leaves[0].dtype) for c in self._cotangents]
+        cotangents = [c.to(leaves[0].dtype, copy=copy) for c in self._cotangents]
 
         def step() -> Outputs:
             outputs = forward()
