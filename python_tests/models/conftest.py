@@ -1,12 +1,16 @@
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from snkernels.models.anchors import embed
+from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
 
 _kept_alive: list[torch.library.Library] = []
@@ -48,6 +52,43 @@ def make_vit(randomise: Callable[[nn.Module], None]) -> Callable[..., PlainViT]:
         return vit.eval()
 
     return build
+
+
+@pytest.fixture
+def make(
+    make_vit: Callable[..., PlainViT], randomise: Callable[[nn.Module], None]
+) -> Callable[..., StitchedViT]:
+    """Build a stitched pair of tiny anchors in eval mode with random parameters."""
+
+    def build(depths: tuple[int, int] = (2, 4), rank: int = 3, **options: Any) -> StitchedViT:
+        small, large = make_vit(depth=depths[0]), make_vit(depth=depths[1], embed_dim=24)
+        model = StitchedViT(small, large, rank, **options).eval()
+        randomise(model)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_by_hand() -> Callable[..., Tensor]:
+    """Run (anchor, block) after (anchor, block) of a stitched model, with plain torch alone."""
+
+    def run(model: StitchedViT, blocks: list[tuple[int, int]], images: Tensor) -> Tensor:
+        anchor = blocks[0][0]
+        tokens = embed(model.anchors[anchor], images)
+        for (anchor, block), (next_anchor, next_block) in pairwise([*blocks, (blocks[-1][0], -1)]):
+            tokens = model.anchors[anchor].blocks[block](tokens)
+            if next_anchor != anchor:
+                cut = model.space.cuts.index(
+                    (block + 1, next_block) if anchor == 0 else (next_block, block + 1)
+                )
+                t = model.stitch_layers[anchor][cut].transform
+                weight = t.weight + t.lora_B @ t.lora_A / t.lora_A.shape[0]
+                tokens = F.linear(tokens, weight, t.bias)
+        vit = model.anchors[anchor]
+        return vit.head(vit.norm(tokens)[:, 0])
+
+    return run
 
 
 @pytest.fixture(scope="session")

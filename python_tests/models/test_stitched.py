@@ -1,7 +1,6 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snkernels.models.anchors import embed, run_blocks
@@ -17,36 +15,6 @@ from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
 
 Make = Callable[..., StitchedViT]
-
-
-@pytest.fixture
-def make(make_vit: Callable[..., PlainViT], randomise: Callable[[nn.Module], None]) -> Make:
-    """Build a stitched pair of tiny anchors in eval mode with random parameters."""
-
-    def build(depths: tuple[int, int] = (2, 4), rank: int = 3, **options: Any) -> StitchedViT:
-        small, large = make_vit(depth=depths[0]), make_vit(depth=depths[1], embed_dim=24)
-        model = StitchedViT(small, large, rank, **options).eval()
-        randomise(model)
-        return model
-
-    return build
-
-
-def run_by_hand(model: StitchedViT, blocks: list[tuple[int, int]], images: Tensor) -> Tensor:
-    """Run (anchor, block) after (anchor, block) in order, with plain torch for the stitches."""
-    anchor = blocks[0][0]
-    tokens = embed(model.anchors[anchor], images)
-    for (anchor, block), (next_anchor, next_block) in pairwise([*blocks, (blocks[-1][0], -1)]):
-        tokens = model.anchors[anchor].blocks[block](tokens)
-        if next_anchor != anchor:
-            cut = model.space.cuts.index(
-                (block + 1, next_block) if anchor == 0 else (next_block, block + 1)
-            )
-            t = model.stitch_layers[anchor][cut].transform
-            weight = t.weight + t.lora_B @ t.lora_A / t.lora_A.shape[0]
-            tokens = F.linear(tokens, weight, t.bias)
-    vit = model.anchors[anchor]
-    return vit.head(vit.norm(tokens)[:, 0])
 
 
 S, L = 0, 1
@@ -59,7 +27,9 @@ ROUTES_2_4 = {
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_every_route_is_its_blocks_in_order(make: Make, training: bool) -> None:
+def test_every_route_is_its_blocks_in_order(
+    make: Make, run_by_hand: Callable[..., Tensor], training: bool
+) -> None:
     model = make().double().train(training)
     assert [route.id for route in model.routes] == list(ROUTES_2_4)
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
@@ -70,7 +40,9 @@ def test_every_route_is_its_blocks_in_order(make: Make, training: bool) -> None:
 
 
 @pytest.mark.parametrize("depths", [(3, 3), (3, 5), (4, 3)])
-def test_every_route_of_other_depths(make: Make, depths: tuple[int, int]) -> None:
+def test_every_route_of_other_depths(
+    make: Make, run_by_hand: Callable[..., Tensor], depths: tuple[int, int]
+) -> None:
     model = make(depths).double()
     images = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     directions = Counter(route.direction for route in model.routes)

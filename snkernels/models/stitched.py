@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,20 +20,21 @@ from snkernels.models.anchors import (
     check_images,
     check_pair,
     describe,
-    embed,
     embed_parameters,
-    finish,
     readout_parameters,
-    run_blocks,
     vit_shape,
 )
-from snkernels.models.blocks import entry_norm
+from snkernels.models.executor import execute
 from snkernels.models.least_squares import cut_moments, solve
 from snkernels.models.vit import PlainViT
 from snkernels.progress import progress_bar
 from snkernels.routing.cost import route_flops
+from snkernels.routing.plan import plan
 from snkernels.routing.sampling import Draws, RouteSampler
 from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
+
+# A forward of more than a few hundred images gains nothing from more, and its memory grows.
+_MAX_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class StitchedViT(nn.Module):
         routes: A ``ModelRoute`` for every route, in the order of ids.
         sampler: The ``RouteSampler`` that training draws from.
         default_route: Id of the route that runs in eval mode when none is named; the large anchor.
-        last_route: Id of the route that ran last; None before the first.
+        last_route: Id of the route that the last call ran; None before the first call and after
+            one with several routes.
 
     Raises:
         TypeError: If an anchor lacks a part; the message names it.
@@ -137,27 +139,78 @@ class StitchedViT(nn.Module):
         """The large anchor."""
         return self._anchor(LARGE)
 
-    def forward(self, images: Tensor, stitch: int | None = None) -> Tensor:
-        """Classify images along one route.
+    def forward(
+        self,
+        images: Tensor,
+        stitch: int | Sequence[int] | None = None,
+        *,
+        routes: Literal["all"] | Sequence[int] | None = None,
+        max_rows: int | None = None,
+    ) -> Tensor:
+        """Classify images: all along one route, each along its own, or all along several.
+
+        Whatever is asked for, samples run together where they are in the same block, and what
+        several routes of a sample begin with is computed once.
 
         Args:
             images: (batch, channels, height, width), of the anchors' dtype.
-            stitch: Id of the route.  None draws one in training, and takes ``default_route`` in
-                eval mode.
+            stitch: Id of the route, or one id per image.  None draws a route in training, and
+                takes ``default_route`` in eval mode.
+            routes: Ids of the routes that every image takes, in place of ``stitch``; "all" for
+                every route of the model.  Ids may repeat.
+            max_rows: Most images that may be under way at a time, an image counting once for each
+                of the ways it takes; at least 3.  It bounds the memory of inference and changes no
+                result.  None lets all run together up to 512, or the batch if that is more.
 
         Returns:
-            Logits (batch, classes).
+            Logits (batch, classes); with ``routes`` (routes, batch, classes).
 
         Raises:
-            ValueError: If no route has the id, or if the images have another shape than the
-                anchors'; the message says what they must be.
+            TypeError: If images hold no floats, or an id is no integer.
+            ValueError: If no route has an id, their number is wrong, ``stitch`` and ``routes`` are
+                both given, ``max_rows`` is too small, or images are none, of another shape than
+                the anchors' or, in CPU memory, not finite.  Nothing is drawn then.
         """
-        check_images(self.small, images)
-        if stitch is None:
-            stitch = self.sampler.draw() if self.training else self.default_route
-        route = self.space.route(operator.index(stitch))
-        self.last_route = route.id
-        return self._execute(route, images)
+        self._check_batch(images)
+        batch = len(images)
+        limit = max(batch, _MAX_ROWS) if max_rows is None else operator.index(max_rows)
+        if limit < 3:
+            raise ValueError(f"max_rows must be at least 3, got {max_rows}")
+        if routes is not None:
+            if stitch is not None:
+                raise ValueError("stitch and routes must not both be given")
+            chosen = self._routes(routes)
+            rows = [(i, route) for route in chosen for i in range(batch)]
+        elif stitch is None or not isinstance(stitch, Iterable):
+            if stitch is None:
+                stitch = self.sampler.draw() if self.training else self.default_route
+            chosen = [self._route(stitch, "stitch")]
+            rows = [(i, chosen[0]) for i in range(batch)]
+        else:
+            chosen = [self._route(route_id, "stitch") for route_id in stitch]
+            if len(chosen) != batch:
+                raise ValueError(
+                    f"stitch must hold one route id for each of the {batch} images, "
+                    f"got {len(chosen)}"
+                )
+            rows = list(enumerate(chosen))
+        self.last_route = chosen[0].id if len(set(chosen)) == 1 else None
+        schedule = plan(rows, self.space, limit)
+        logits = execute(schedule, (self.small, self.large), self._stitch, images)
+        return logits if routes is None else logits.unflatten(0, (len(chosen), batch))
+
+    def draw(self, count: int) -> list[int]:
+        """Draw the ids of ``count`` routes for one training step, each as a step alone would.
+
+        Run them in one pass with ``model(images, routes=ids)`` and average their losses.  An id may
+        come twice; it is then computed once and counts twice.
+
+        Raises:
+            ValueError: If ``count`` is below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        return [self.sampler.draw() for _ in range(count)]
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what fine-tuning trains: the anchors, and bias, A and B of every stitch.
@@ -357,21 +410,31 @@ class StitchedViT(nn.Module):
         parameter = next(self.small.parameters())
         return images.to(parameter.device, parameter.dtype)
 
-    def _execute(self, route: Route, images: Tensor) -> Tensor:
-        """Run one route: its segments in order, with a stitch between each and the next."""
-        vit = self._anchor(route.segments[0].anchor)
-        tokens, normed = embed(vit, images), None
-        for segment, stitch, entry in zip(
-            route.segments, route.stitches, route.segments[1:], strict=False
-        ):
-            tokens = run_blocks(vit, tokens, segment.start, segment.stop, normed)
-            vit = self._anchor(entry.anchor)
-            layer, norm = self._stitch(stitch), entry_norm(vit.blocks[entry.start])
-            if norm is None:
-                tokens, normed = layer(tokens), None
-            else:
-                tokens, normed = layer.forward_norm(tokens, norm)
-        return finish(vit, tokens, route.segments[-1].start, normed)
+    def _check_batch(self, images: Tensor) -> None:
+        check_images(self.small, images)
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image, got none")
+        # A GPU would have to wait for the answer.
+        if images.device.type == "cpu" and not bool(images.isfinite().all()):
+            raise ValueError("images must be finite, got NaN or infinity")
+
+    def _route(self, route_id: int, name: str) -> Route:
+        """Return the route of an id that the caller gave in the argument ``name``."""
+        try:
+            return self.space.route(operator.index(route_id))
+        except TypeError:
+            kind = type(route_id).__name__
+            raise TypeError(f"{name} must hold integer route ids, got {kind}") from None
+
+    def _routes(self, routes: Literal["all"] | Iterable[int]) -> list[Route]:
+        if isinstance(routes, str):
+            if routes != "all":
+                raise ValueError(f'routes must be "all" or route ids, got {routes!r}')
+            return list(self.space)
+        chosen = [self._route(route_id, "routes") for route_id in routes]
+        if not chosen:
+            raise ValueError("routes must name at least one route, got none")
+        return chosen
 
     def _price(self, route: Route) -> ModelRoute:
         """Add to a route what it costs here."""

@@ -1,0 +1,99 @@
+"""Runs a plan: its calls, one after another, on the anchors and stitches of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snkernels.layers import StitchingLayer
+from snkernels.models.anchors import Anchor, embed, finish, run_blocks
+from snkernels.models.blocks import entry_norm
+from snkernels.routing.plan import Blocks, Call, Embed, Gather, Plan, Readout, Switch
+from snkernels.routing.space import Stitch
+
+
+def execute(
+    plan: Plan,
+    anchors: Sequence[Anchor],
+    stitch: Callable[[Stitch], StitchingLayer],
+    images: Tensor,
+) -> Tensor:
+    """Run a plan on images (batch, channels, height, width).
+
+    Args:
+        plan: What ``snkernels.routing.plan.plan`` made of samples and routes.
+        anchors: The small and the large anchor.
+        stitch: Gives the layer of a stitch.
+        images: Images of all samples that the plan names.
+
+    Returns:
+        Logits (rows, classes), a row for each pair of sample and route, in the caller's order.
+    """
+    run = _Run(plan, anchors, stitch, images)
+    for call in plan.calls:
+        run.make(call)
+    logits = run.outputs[0] if len(run.outputs) == 1 else torch.cat(run.outputs)
+    if plan.order == range(len(logits)):
+        return logits
+    return logits.index_select(0, torch.tensor(plan.order, device=logits.device))
+
+
+class _Tokens(NamedTuple):
+    """A value of the plan: the residual stream (rows, N, width), and its norm where known."""
+
+    h: Tensor
+    normed: Tensor | None = None
+
+
+class _Run:
+    """The values that are alive while a plan runs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        anchors: Sequence[Anchor],
+        stitch: Callable[[Stitch], StitchingLayer],
+        images: Tensor,
+    ) -> None:
+        self.anchors, self.stitch, self.images = anchors, stitch, images
+        self.tokens: dict[int, _Tokens] = {}
+        self.logits: dict[int, Tensor] = {}
+        self.outputs: list[Tensor] = []
+        # What is gathered is copied anyway, so it is normalised after that, all rows at once.
+        self.gathered = {
+            piece.value for call in plan.calls if isinstance(call, Gather) for piece in call.pieces
+        }
+
+    def make(self, call: Call) -> None:
+        match call:
+            case Embed(anchor, samples, out):
+                if isinstance(samples, range):
+                    images = self.images[samples.start : samples.stop]
+                else:
+                    images = self.images[list(samples)]
+                self.tokens[out] = _Tokens(embed(self.anchors[anchor], images))
+            case Blocks(anchor, start, stop, value):
+                vit = self.anchors[anchor]
+                h, normed = self.tokens.pop(value)
+                if stop < len(vit.blocks):
+                    self.tokens[value] = _Tokens(run_blocks(vit, h, start, stop, normed))
+                else:
+                    self.logits[value] = finish(vit, h, start, normed)
+            case Switch(stitch, block, rows, out, last):
+                source = self.tokens.pop(rows.value) if last else self.tokens[rows.value]
+                h = source.h[rows.start : rows.stop]
+                norm = entry_norm(self.anchors[1 - stitch.direction].blocks[block])
+                if norm is None or out in self.gathered:
+                    self.tokens[out] = _Tokens(self.stitch(stitch)(h))
+                else:
+                    self.tokens[out] = _Tokens(*self.stitch(stitch).forward_norm(h, norm))
+            case Gather(pieces=pieces, out=out):
+                h = torch.cat([self.tokens[p.value].h[p.start : p.stop] for p in pieces])
+                for value in {piece.value for piece in pieces}:
+                    del self.tokens[value]
+                self.tokens[out] = _Tokens(h)
+            case Readout(value=value):
+                self.outputs.append(self.logits.pop(value))
