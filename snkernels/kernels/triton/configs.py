@@ -1,0 +1,114 @@
+"""Block sizes, warps and stages of every Triton kernel: one visible heuristic for each.
+
+There is no autotuner. A configuration follows from widths and dtypes alone, never from the number
+of rows, so that every batch size runs what the first one compiled; :func:`override` replaces values
+for a sweep. The numbers come from the static report (``python -m snkernels.kernels.report``): no
+spills on any chip, two CTAs on an SM of an H100 where that is possible, and at most the shared
+memory that consumer chips have too. They were not timed: nothing here has run on a GPU yet.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+Config = dict[str, int]
+
+_overrides: dict[str, Config] = {}
+
+
+@contextlib.contextmanager
+def override(heuristic: str, **values: int) -> Iterator[None]:
+    """Replaces values in all that one heuristic returns inside the ``with`` block.
+
+    Args:
+        heuristic: the name of a function below.
+        values: e.g. ``BLOCK_M=64, num_warps=4``.
+    """
+    previous = _overrides.get(heuristic, {})
+    _overrides[heuristic] = {**previous, **values}
+    try:
+        yield
+    finally:
+        _overrides[heuristic] = previous
+
+
+def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
+    @functools.wraps(heuristic)
+    def choose(*args: object) -> Config:
+        return {**heuristic(*args), **_overrides.get(heuristic.__name__, {})}
+
+    return choose
+
+
+@_overridable
+def project(dtype: torch.dtype, precision: str, out_features: int) -> Config:
+    """For ``stitch._project_kernel``."""
+    if dtype == torch.float32 and precision == "ieee":
+        return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
+    block_k = 128 // dtype.itemsize
+    if out_features <= 64:  # the low-rank intermediates, which take less of a chip
+        return _tiles(64, _block(out_features, 64), block_k, num_warps=4, num_stages=3)
+    return _tiles(128, 128, block_k, num_warps=8, num_stages=3)
+
+
+@_overridable
+def row(out_features: int) -> Config:
+    """For ``stitch_layer_norm._row_kernel``, where :func:`rows_fit`."""
+    block_n = _block(out_features, 128)
+    tiles = -(-out_features // block_n)
+    return {**_tiles(64, block_n, 32, num_warps=8, num_stages=4), "TILES": tiles}
+
+
+def rows_fit(dtype: torch.dtype, out_features: int) -> bool:
+    """Whether 64 rows of y fit into the registers of one CTA beside what multiplies them."""
+    return dtype.itemsize == 2 and out_features <= 384
+
+
+@_overridable
+def outer(dtype: torch.dtype, precision: str, width: int, wide: bool) -> Config:
+    """For ``stitch._outer_kernel``; ``wide`` if its right operand must be split."""
+    if dtype == torch.float32 and precision == "ieee":
+        return _outer(16, 64, _block(width, 64), num_warps=8)
+    return _outer(128 // dtype.itemsize, 128, _block(width, 64 if wide else 128), num_warps=8)
+
+
+@_overridable
+def sum_rows() -> Config:
+    """For ``sums._sum_rows_kernel``."""
+    return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
+
+
+@_overridable
+def layer_norm(features: int) -> Config:
+    """For ``stitch_layer_norm._layer_norm_kernel``."""
+    return _rows(features, 4096)
+
+
+@_overridable
+def layer_norm_backward(features: int) -> Config:
+    """For ``stitch_layer_norm._layer_norm_backward_kernel``."""
+    return _rows(features, 2048)
+
+
+def _block(size: int, largest: int) -> int:
+    """The power of two that holds ``size``, at least 16 (the least for dots), at most largest."""
+    return min(largest, max(16, 1 << (size - 1).bit_length()))
+
+
+def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
+    # 16 columns of the low-rank part at a time: the registers of more would cost occupancy.
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 16, **options}
+
+
+def _outer(block_m: int, block_p: int, block_q: int, **options: int) -> Config:
+    blocks = {"BLOCK_M": block_m, "BLOCK_P": block_p, "BLOCK_Q": block_q}
+    return {**blocks, **options, "num_stages": 3}
+
+
+def _rows(features: int, values: int) -> Config:
+    """Whole rows, as many as make up ``values`` for 4 warps; wide rows get more warps."""
+    block_n = _block(features, 1 << 30)
+    warps = min(16, max(4, 4 * block_n // values))
+    return {"BLOCK_M": max(1, values // block_n), "BLOCK_N": block_n, "num_warps": warps}

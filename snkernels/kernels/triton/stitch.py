@@ -1,0 +1,257 @@
+"""``stitch`` in Triton: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ and its gradients.
+
+Two kernels do it all. The projection also gives the low-rank intermediates S = s · x Aᵀ and
+T = s · dy B, in fp32, and dx = dy W + T A, which is a projection by other strides. The outer
+product over rows gives dW = dyᵀ x, dB = dyᵀ S and dAᵀ = xᵀ T, in chunks of rows that are summed
+in a fixed order.
+
+Compiled and interpreted, never run on a GPU yet.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.launch import dot_precision, launch, strides
+from snkernels.kernels.triton.products import dot_wide_right, project_tiles
+from snkernels.kernels.triton.sums import column_sums, sum_rows
+
+
+@triton.jit(do_not_specialize=["M"])
+def _project_kernel(
+    p_x,
+    p_w,
+    p_bias,
+    p_low,
+    p_b,
+    p_y,
+    M,
+    N,
+    K,
+    R,
+    scaling,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bias,
+    stride_bn,
+    stride_br,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One tile of y = scaling · (x wᵀ + low bᵀ + bias)."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    # Tiles of the same rows run side by side, so that x comes from L2 all but once.
+    pid = tl.program_id(0)
+    o_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    (y,) = project_tiles(
+        p_x,
+        p_w,
+        p_bias,
+        p_low,
+        p_b,
+        o_m,
+        o_n,
+        M,
+        N,
+        K,
+        R,
+        stride_xm,
+        stride_xk,
+        stride_wn,
+        stride_wk,
+        stride_bias,
+        stride_bn,
+        stride_br,
+        PRECISION,
+        BLOCK_K,
+        BLOCK_R,
+        TILES=1,
+    )
+    y *= scaling
+    mask = (o_m[:, None] < M) & (o_n[None, :] < N)
+    tl.store(p_y + o_m[:, None] * N + o_n[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def _outer_kernel(
+    p_left,
+    p_right,
+    p_out,
+    M,
+    P,
+    Q,
+    chunk,
+    stride_lm,
+    stride_lp,
+    stride_rm,
+    stride_rq,
+    stride_op,
+    stride_oq,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """out[i] = leftᵀ right over the i-th chunk of rows; products in the dtype of left."""
+    blocks_q = tl.cdiv(Q, BLOCK_Q)
+    pid = tl.program_id(0)
+    chunk_id = tl.program_id(1).to(tl.int64)
+    o_m = chunk_id * chunk + tl.arange(0, BLOCK_M)
+    o_p = (pid // blocks_q).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_p = o_p < P
+    m_q = o_q < Q
+    end = tl.minimum((chunk_id + 1) * chunk, M)
+    p_left += o_p[:, None] * stride_lp + o_m[None, :] * stride_lm
+    p_right += o_m[:, None] * stride_rm + o_q[None, :] * stride_rq
+    step_left = tl.cast(stride_lm, tl.int64) * BLOCK_M
+    step_right = tl.cast(stride_rm, tl.int64) * BLOCK_M
+
+    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+    for m in range(0, chunk, BLOCK_M):
+        m_m = o_m < end - m
+        left = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
+        right = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
+        if right.dtype == tl.float32:
+            acc = dot_wide_right(acc, left, right, PRECISION)
+        else:
+            acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+        p_left += step_left
+        p_right += step_right
+    p_out += chunk_id * P * Q + o_p[:, None] * stride_op + o_q[None, :] * stride_oq
+    tl.store(p_out, acc, mask=m_p[:, None] & m_q[None, :])
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """Fills y, (M, N), with scaling · (x weightᵀ + low lora_Bᵀ + bias), and returns it.
+
+    Products are in the dtype of x, sums and ``low``, (M, r), in fp32.
+    """
+    (rows, in_features), out_features = x.shape, weight.shape[0]
+    precision = dot_precision(x.dtype)
+    config = configs.project(x.dtype, precision, out_features)
+    tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_features, config["BLOCK_N"])
+    launch(
+        _project_kernel,
+        (tiles,),
+        x,
+        weight,
+        bias,
+        low,
+        lora_B,
+        y,
+        rows,
+        out_features,
+        in_features,
+        0 if low is None else low.shape[1],
+        scaling,
+        *x.stride(),
+        *weight.stride(),
+        *strides(bias, 1),
+        *strides(lora_B, 2),
+        PRECISION=precision,
+        **config,
+    )
+    return y
+
+
+def low_rank(x: Tensor, lora_A: Tensor | None, scaling: float) -> Tensor | None:
+    """S = scaling · x Aᵀ, (M, r) in fp32; None without a low-rank part."""
+    if lora_A is None:
+        return None
+    low = torch.empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32, device=x.device)
+    return project(x, lora_A, low, scaling=scaling)
+
+
+def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """leftᵀ right of (M, P) and (M, Q): (P, Q) in ``dtype``, or (Q, P) if transposed."""
+    (rows, height), width = left.shape, right.shape[1]
+    shape = (width, height) if transposed else (height, width)
+    precision = dot_precision(left.dtype)
+    config = configs.outer(left.dtype, precision, width, right.dtype == torch.float32)
+    tiles = triton.cdiv(height, config["BLOCK_P"]) * triton.cdiv(width, config["BLOCK_Q"])
+    chunks = max(1, min(256 // tiles, rows // (2 * config["BLOCK_M"])))
+    partial = torch.empty((chunks, *shape), dtype=torch.float32, device=left.device)
+    stride_p, stride_q = (1, height) if transposed else (width, 1)
+    launch(
+        _outer_kernel,
+        (tiles, chunks),
+        left,
+        right,
+        partial,
+        rows,
+        height,
+        width,
+        triton.cdiv(rows, chunks),
+        *left.stride(),
+        *right.stride(),
+        stride_p,
+        stride_q,
+        PRECISION=precision,
+        **config,
+    )
+    return sum_rows(partial.view(chunks, height * width), 1, dtype).view(shape)
+
+
+def stitch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """See :func:`snkernels.reference.stitch`."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    return project(x, weight, y, bias, low_rank(x, lora_A, scaling), lora_B)
+
+
+def stitch_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See :func:`snkernels.reference.stitch_backward`."""
+    need_x, need_weight, need_bias, need_A, need_B = needs
+    grads = []
+    low_grad = None
+    if lora_B is not None and (need_x or need_A):
+        low_grad = low_rank(grad_y, lora_B.t(), scaling)
+    if need_x:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        transposed_A = None if lora_A is None else lora_A.t()
+        grads.append(project(grad_y, weight.t(), grad_x, None, low_grad, transposed_A))
+    if need_weight:
+        grads.append(outer(grad_y, x, weight.dtype))
+    if need_bias and bias is not None:
+        grads.append(column_sums(grad_y, bias.dtype))
+    if need_A and lora_A is not None and low_grad is not None:
+        grads.append(outer(x, low_grad, lora_A.dtype, transposed=True))
+    if need_B and lora_B is not None:
+        low = low_rank(x, lora_A, scaling)
+        assert low is not None
+        grads.append(outer(grad_y, low, lora_B.dtype))
+    return grads

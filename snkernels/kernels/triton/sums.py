@@ -1,0 +1,63 @@
+"""Sums over rows in a fixed order: sums of chunks, then their sum; no atomics."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.launch import launch
+
+
+@triton.jit(do_not_specialize=["M", "chunk"])
+def _sum_rows_kernel(
+    p_in,
+    p_out,
+    M,
+    N,
+    chunk,
+    stride_m,
+    stride_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[i] = the sum over the i-th chunk of rows."""
+    pid = tl.program_id(1).to(tl.int64)
+    o_m = pid * chunk + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.minimum((pid + 1) * chunk, M)
+    p_in += o_m[:, None] * stride_m + o_n[None, :] * stride_n
+    step = tl.cast(stride_m, tl.int64) * BLOCK_M
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m in range(0, chunk, BLOCK_M):
+        mask = (o_m[:, None] + m < end) & (o_n[None, :] < N)
+        acc += tl.load(p_in, mask=mask, other=0.0).to(tl.float32)
+        p_in += step
+    total = tl.sum(acc, 0)
+    tl.store(p_out + pid * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
+
+
+def sum_rows(matrix: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
+    """The fp32 sums of ``chunks`` chunks of the rows of an (M, N) matrix, (chunks, N) in dtype."""
+    rows, width = matrix.shape
+    sums = torch.empty((chunks, width), dtype=dtype, device=matrix.device)
+    config = configs.sum_rows()
+    launch(
+        _sum_rows_kernel,
+        (triton.cdiv(width, config["BLOCK_N"]), chunks),
+        matrix,
+        sums,
+        rows,
+        width,
+        triton.cdiv(rows, chunks),
+        *matrix.stride(),
+        **config,
+    )
+    return sums
+
+
+def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fp32 sum over all rows of an (M, N) matrix, (N,) in ``dtype``."""
+    rows, width = matrix.shape
+    chunks = max(1, min(128, rows // 32))
+    return sum_rows(sum_rows(matrix, chunks, torch.float32), 1, dtype).view(width)
