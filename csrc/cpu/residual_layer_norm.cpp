@@ -45,12 +45,23 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
     for (int64_t row = thread * height; row < smaller(M, (thread + 1) * height); ++row) {
       const float* h = row_values(p.h, row, room_h);
       const float* branch = row_values(p.branch, row, room_branch);
-      float* __restrict sum = row_target(p.sum, row, room_sum);
+      float* sum = row_target(p.sum, row, room_sum);
       float* normed = row_target(p.normed, row, room_normed);
       const float s = row_scale.at(row);
-      for (int64_t j = 0; j < N; ++j) sum[j] = h[j] + s * layer_scale[j] * branch[j];
+      Sum total;
+      for_values(N, [&](auto v, int64_t j, int chain) {
+        using V = decltype(v);
+        const V value = get<V>(h + j) + s * get<V>(layer_scale + j) * get<V>(branch + j);
+        put(sum + j, value);
+        total.add(value, chain);
+        // The next row comes while this one is worked on; past the last one nothing happens.
+        __builtin_prefetch(h + j + N);
+        __builtin_prefetch(branch + j + N);
+        __builtin_prefetch(sum + j + N, 1);
+        __builtin_prefetch(normed + j, 1);
+      });
       finish_row(p.sum, row, sum);
-      const RowStatistics statistics = row_statistics(sum, N, p.eps);
+      const RowStatistics statistics = row_statistics(sum, N, total.total(), p.eps);
       mean[row] = statistics.mean;
       rstd[row] = statistics.rstd;
       normalize_row(sum, N, statistics, norm_weight, norm_bias, normed);
@@ -66,7 +77,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
   float* partial = sums.take(ROW_BLOCKS * 3 * N + 1);
-  float* room = rooms.take(ROW_BLOCKS * 5 * N + 1);
+  float* room = rooms.take(ROW_BLOCKS * 4 * N + 1);
   if (layer_scale == nullptr || norm_weight == nullptr || partial == nullptr || room == nullptr)
     return Status::out_of_memory;
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
@@ -75,30 +86,29 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   for_row_blocks(M, 3 * N, p.threads, partial,
                  [&](int64_t row, int64_t block, float* sum_weight) {
     float *sum_bias = sum_weight + N, *sum_scale = sum_bias + N;
-    float *room_in = room + block * 5 * N, *room_g = room_in + N, *normalized = room_g + N,
-          *room_h = normalized + N, *room_branch = room_h + N;
+    float *room_in = room + block * 4 * N, *room_g = room_in + N, *room_h = room_g + N,
+          *room_branch = room_h + N;
     // The gradient of h is that of the sum, so it is where the parts meet.
-    float* __restrict d = p.grad_h ? row_target(p.grad_h, row, room_h) : room_h;
+    float* d = p.grad_h ? row_target(p.grad_h, row, room_h) : room_h;
     if (p.grad_normed)
       normalize_row_backward(row_values(p.sum, row, room_in), row_values(p.grad_normed, row, room_g),
-                             N, {mean[row], rstd[row]}, norm_weight, normalized, d, sum_weight,
-                             sum_bias);
+                             N, {mean[row], rstd[row]}, norm_weight, d, sum_weight, sum_bias);
     else
       std::memset(d, 0, N * sizeof(float));
-    if (p.grad_sum) {
-      const float* direct = row_values(p.grad_sum, row, room_in);
-      for (int64_t j = 0; j < N; ++j) d[j] += direct[j];
-    }
+    const float* direct = p.grad_sum ? row_values(p.grad_sum, row, room_g) : nullptr;
+    const float* branch = p.grad_layer_scale ? row_values(p.branch, row, room_in) : nullptr;
+    float* grad_branch = p.grad_branch ? row_target(p.grad_branch, row, room_branch) : nullptr;
     const float s = row_scale.at(row);
-    if (p.grad_layer_scale) {
-      const float* branch = row_values(p.branch, row, room_in);
-      for (int64_t j = 0; j < N; ++j) sum_scale[j] += s * branch[j] * d[j];
-    }
-    if (p.grad_branch) {
-      float* __restrict grad = row_target(p.grad_branch, row, room_branch);
-      for (int64_t j = 0; j < N; ++j) grad[j] = s * layer_scale[j] * d[j];
-      finish_row(p.grad_branch, row, grad);
-    }
+    for_values(N, [&](auto v, int64_t j, int) {
+      using V = decltype(v);
+      V total = get<V>(d + j);
+      if (direct != nullptr) total += get<V>(direct + j);
+      put(d + j, total);
+      if (branch != nullptr)
+        put(sum_scale + j, V(get<V>(sum_scale + j) + s * get<V>(branch + j) * total));
+      if (grad_branch != nullptr) put(grad_branch + j, V(s * get<V>(layer_scale + j) * total));
+    });
+    if (p.grad_branch) finish_row(p.grad_branch, row, grad_branch);
     if (p.grad_h) finish_row(p.grad_h, row, d);
   });
   write_block_sums(partial, 3 * N, p.grad_norm_weight);

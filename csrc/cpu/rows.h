@@ -16,87 +16,123 @@ inline const float* vector_or(const View& view, float fallback, int64_t n, Scrat
   return values;
 }
 
+// Whether rows of a view can be worked on where they lie.
+inline bool in_place(const View& view) { return view.dtype == DType::f32 && view.col_stride == 1; }
+
 // A row in fp32: where it lies if that is what it is, otherwise read into `room`.
 inline const float* row_values(const View& view, int64_t row, float* room) {
-  if (view.dtype == DType::f32 && view.col_stride == 1)
-    return static_cast<const float*>(view.data) + row * view.row_stride;
+  if (in_place(view)) return static_cast<const float*>(view.data) + row * view.row_stride;
   read_row(view, row, room);
   return room;
 }
 
-// Where to compute a row of an output: in place if it is fp32, otherwise in `room`, from where
-// write_row_rounding must take it.
+// Where to compute a row of an output: in place or in `room`, from where finish_row takes it.
 inline float* row_target(const View& view, int64_t row, float* room) {
-  if (view.dtype == DType::f32 && view.col_stride == 1)
-    return static_cast<float*>(view.data) + row * view.row_stride;
-  return room;
+  return in_place(view) ? static_cast<float*>(view.data) + row * view.row_stride : room;
 }
 inline void finish_row(const View& view, int64_t row, float* values) {
-  if (!(view.dtype == DType::f32 && view.col_stride == 1)) write_row_rounding(view, row, values);
+  if (!in_place(view)) write_row_rounding(view, row, values);
 }
 
-// Sum of f(j) for j in [0, n), where f takes an index and returns a vector or one float.
-template <typename VectorTerm, typename Term>
-inline float sum_over(int64_t n, VectorTerm vector_term, Term term) {
-  vec total = {};
+// A vector or, for what is left of a row, one value.
+template <typename V>
+inline V get(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename V>
+inline void put(float* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+constexpr int CHAINS = 4;  // sums in flight, as an addition takes four cycles
+
+// body(V(), j, chain) for the values from j on of a row of n, where V is vec or float.
+template <typename Body>
+inline void for_values(int64_t n, Body body) {
   int64_t j = 0;
-  for (; j + VL <= n; j += VL) total += vector_term(j);
-  float result = sum(total);
-  for (; j < n; ++j) result += term(j);
-  return result;
+  for (; j + CHAINS * VL <= n; j += CHAINS * VL)
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; ++chain) body(vec(), j + chain * VL, chain);
+  for (; j + VL <= n; j += VL) body(vec(), j, 0);
+  for (; j < n; ++j) body(0.0f, j, 0);
 }
 
-// LayerNorm takes two passes, as E[x²] − E[x]² loses everything when a row's mean is large.
+// A sum of what for_values hands out.
+class Sum {
+ public:
+  void add(vec v, int chain) { lanes_[chain] += v; }
+  void add(float v, int) { rest_ += v; }
+  float total() const {
+    const vec v = (lanes_[0] + lanes_[1]) + (lanes_[2] + lanes_[3]);
+    float total = rest_;
+    for (int i = 0; i < VL; ++i) total += v[i];
+    return total;
+  }
+
+ private:
+  vec lanes_[CHAINS] = {};
+  float rest_ = 0;
+};
+
+inline float sum_of(const float* y, int64_t n) {
+  Sum sum;
+  for_values(n, [&](auto v, int64_t j, int chain) { sum.add(get<decltype(v)>(y + j), chain); });
+  return sum.total();
+}
+
 struct RowStatistics {
   float mean, rstd;
 };
 
-inline RowStatistics row_statistics(const float* y, int64_t n, float eps) {
-  const float guess =
-      sum_over(n, [&](int64_t j) { return load(y + j); }, [&](int64_t j) { return y[j]; }) / n;
-  // The guess is off by the rounding of a sum n times as large as a value. What is left about it
-  // is small, and corrects both.
-  const float off = sum_over(n, [&](int64_t j) { return load(y + j) - guess; },
-                             [&](int64_t j) { return y[j] - guess; }) /
-                    n;
-  const float mean = guess + off;
-  const float variance = sum_over(
-                             n,
-                             [&](int64_t j) {
-                               const vec d = load(y + j) - mean;
-                               return d * d;
-                             },
-                             [&](int64_t j) { return (y[j] - mean) * (y[j] - mean); }) /
-                         n;
-  return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
+// Statistics of a row whose values sum to about `total`, in a second pass over it: E[x²] − E[x]²
+// would lose everything when the mean is large. The first mean is off by the rounding of a sum n
+// times as large as a value; what is left about it is small, and corrects mean and variance.
+inline RowStatistics row_statistics(const float* y, int64_t n, float total, float eps) {
+  const float guess = total / n;
+  Sum deviations, squares;
+  for_values(n, [&](auto v, int64_t j, int chain) {
+    const auto d = get<decltype(v)>(y + j) - guess;
+    deviations.add(d, chain);
+    squares.add(d * d, chain);
+  });
+  const float off = deviations.total() / n;
+  const float variance = squares.total() / n - off * off;
+  return {guess + off, 1.0f / __builtin_sqrtf((variance > 0 ? variance : 0) + eps)};
 }
 
 // out = LN(y); out may be y.
 inline void normalize_row(const float* y, int64_t n, RowStatistics s, const float* weight,
                           const float* bias, float* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = (y[j] - s.mean) * s.rstd * weight[j] + bias[j];
+  for_values(n, [&](auto v, int64_t j, int) {
+    using V = decltype(v);
+    put(out + j, V((get<V>(y + j) - s.mean) * s.rstd * get<V>(weight + j) + get<V>(bias + j)));
+  });
 }
 
-// Given y and the gradient g of LN(y): `normalized` becomes x̂, and `grad` the gradient of y by way
-// of LN. Adds to the sums that become the gradients of LN's weight and bias.
+// Given y and the gradient g of LN(y): `grad` becomes the gradient of y by way of LN. Adds to the
+// sums that become the gradients of LN's weight and bias.
 inline void normalize_row_backward(const float* y, const float* g, int64_t n, RowStatistics s,
-                                   const float* weight, float* __restrict normalized,
-                                   float* __restrict grad, float* __restrict sum_weight,
-                                   float* __restrict sum_bias) {
-  for (int64_t j = 0; j < n; ++j) {
-    normalized[j] = (y[j] - s.mean) * s.rstd;
-    grad[j] = g[j] * weight[j];
-    sum_weight[j] += g[j] * normalized[j];
-    sum_bias[j] += g[j];
-  }
-  const float mean_g = sum_over(n, [&](int64_t j) { return load(grad + j); },
-                                [&](int64_t j) { return grad[j]; }) /
-                       n;
-  const float mean_gx = sum_over(n, [&](int64_t j) { return load(grad + j) * load(normalized + j); },
-                                 [&](int64_t j) { return grad[j] * normalized[j]; }) /
-                        n;
-  for (int64_t j = 0; j < n; ++j)
-    grad[j] = s.rstd * (grad[j] - mean_g - normalized[j] * mean_gx);
+                                   const float* weight, float* grad, float* sum_weight,
+                                   float* sum_bias) {
+  Sum weighted, weighted_normalized;
+  for_values(n, [&](auto v, int64_t j, int chain) {
+    using V = decltype(v);
+    const V upper = get<V>(g + j), normalized = (get<V>(y + j) - s.mean) * s.rstd;
+    const V inner = upper * get<V>(weight + j);
+    put(sum_weight + j, V(get<V>(sum_weight + j) + upper * normalized));
+    put(sum_bias + j, V(get<V>(sum_bias + j) + upper));
+    put(grad + j, inner);
+    weighted.add(inner, chain);
+    weighted_normalized.add(V(inner * normalized), chain);
+  });
+  const float mean = weighted.total() / n, slope = weighted_normalized.total() / n;
+  for_values(n, [&](auto v, int64_t j, int) {
+    using V = decltype(v);
+    const V normalized = (get<V>(y + j) - s.mean) * s.rstd;
+    put(grad + j, V(s.rstd * (get<V>(grad + j) - mean - normalized * slope)));
+  });
 }
 
 // The sums over rows that become the gradients of vectors: rows are cut into blocks whose number

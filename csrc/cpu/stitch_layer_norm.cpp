@@ -17,7 +17,7 @@ Status stitch_layer_norm_forward(const StitchLayerNormForward& p) {
     for (int64_t j = 0; j < N; ++j) y[j] += bias[j];
     // LN of the y that is returned, or the backward, which starts from it, would not fit.
     write_row_rounding(p.stitch.y, row, y);
-    const RowStatistics statistics = row_statistics(y, N, p.eps);
+    const RowStatistics statistics = row_statistics(y, N, sum_of(y, N), p.eps);
     mean[row] = statistics.mean;
     rstd[row] = statistics.rstd;
     normalize_row(y, N, statistics, norm_weight, norm_bias, y);
@@ -32,7 +32,7 @@ Status stitch_layer_norm_backward(const StitchLayerNormBackward& p) {
   const float* rstd = static_cast<const float*>(p.rstd.data);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, norm_weight_scratch);
   float* partial = sums.take(ROW_BLOCKS * 3 * N);
-  float* room = rooms.take(ROW_BLOCKS * 3 * N);
+  float* room = rooms.take(ROW_BLOCKS * 2 * N);
   float* grad_y = total.take(M * N);
   if (norm_weight == nullptr || ((partial == nullptr || room == nullptr) && N > 0) ||
       (grad_y == nullptr && M * N > 0))
@@ -41,17 +41,20 @@ Status stitch_layer_norm_backward(const StitchLayerNormBackward& p) {
   for_row_blocks(M, 3 * N, p.stitch.threads, partial,
                  [&](int64_t row, int64_t block, float* sum_weight) {
     float *sum_norm_bias = sum_weight + N, *sum_bias = sum_norm_bias + N;
-    float *room_y = room + block * 3 * N, *room_g = room_y + N, *normalized = room_g + N;
+    float *room_y = room + block * 2 * N, *room_g = room_y + N;
     const float* y = row_values(p.y, row, room_y);
     const float* g = row_values(p.grad_normed, row, room_g);
     float* d = grad_y + row * N;
-    normalize_row_backward(y, g, N, {mean[row], rstd[row]}, norm_weight, normalized, d, sum_weight,
+    normalize_row_backward(y, g, N, {mean[row], rstd[row]}, norm_weight, d, sum_weight,
                            sum_norm_bias);
-    if (p.stitch.grad_y) {
-      const float* direct = row_values(p.stitch.grad_y, row, room_g);
-      for (int64_t j = 0; j < N; ++j) d[j] += direct[j];
-    }
-    for (int64_t j = 0; j < N; ++j) sum_bias[j] += d[j];
+    const float* direct = p.stitch.grad_y ? row_values(p.stitch.grad_y, row, room_g) : nullptr;
+    for_values(N, [&](auto v, int64_t j, int) {
+      using V = decltype(v);
+      V total = get<V>(d + j);
+      if (direct != nullptr) total += get<V>(direct + j);
+      put(d + j, total);
+      put(sum_bias + j, V(get<V>(sum_bias + j) + total));
+    });
   });
   write_block_sums(partial, 3 * N, p.grad_norm_weight);
   write_block_sums(partial + N, 3 * N, p.grad_norm_bias);

@@ -37,11 +37,6 @@ inline vec load(const float* p) {
   return v;
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
-inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < VL; ++i) total += v[i];
-  return total;
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
