@@ -29,22 +29,16 @@ def _view(name: str, tensor: Tensor | None, rows: int, cols: int, device: str) -
     """(pointer, dtype, rows, cols, strides) of a matrix, or of a vector as a matrix of one row."""
     if tensor is None:
         return None
-    if tensor.device.type != device or tensor.dtype not in _DTYPES:
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or not (tensor.is_cpu if device == "cpu" else tensor.is_cuda):
         raise TypeError(
             f"{name} must be float32, float16 or bfloat16 on {device}, "
             f"but it is {tensor.dtype} on {tensor.device}"
         )
     shape, stride = tensor.shape, tensor.stride()
-    if shape != ((rows, cols) if len(shape) == 2 else (cols,)):
+    if shape != (rows, cols) and (rows != 1 or shape != (cols,)):
         raise ValueError(f"{name} must have shape ({rows}, {cols}), but it has {tuple(shape)}")
-    return (
-        tensor.data_ptr(),
-        _DTYPES[tensor.dtype],
-        rows,
-        cols,
-        stride[0] if rows else 0,
-        stride[-1],
-    )
+    return tensor.data_ptr(), dtype, rows, cols, stride[0], stride[-1]
 
 
 def _stitch_views(

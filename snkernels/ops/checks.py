@@ -43,12 +43,13 @@ def check_tensor(
         raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, where x is, but is on {tensor.device}")
-    fits = len(tensor.shape) == len(shape) and all(
-        want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    have = tensor.shape
+    if have != shape and not (
+        len(have) == len(shape)
+        and all(want in (None, size) for size, want in zip(have, shape, strict=True))
+    ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(have)}")
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

@@ -66,6 +66,11 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
     return lambda *args: load()(*args)
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see the op; where not, calling it directly costs half as much."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which autocast, where it is on, would hand a tensor to a linear layer."""
     if not torch.is_autocast_enabled(device) or dtype == torch.float64:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.checks import check_input, check_tensor
-from snkernels.ops.library import autocast_dtype, register, without_autocast
+from snkernels.ops.library import autocast_dtype, needs_grad, register, without_autocast
 from snkernels.ops.stitch import empty_grads, spread
 
 
@@ -195,14 +195,15 @@ def residual_layer_norm(
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
     dtype = torch.promote_types(h.dtype, branch.dtype)
-    total, normed = _ResidualLayerNorm.apply(
+    arguments = (
         h.reshape(-1, features),
         branch.reshape(-1, features),
         layer_scale,
         drop_path_scale,
         norm_weight,
         norm_bias,
-        float(eps),
-        autocast_dtype(h.device.type, dtype),
     )
+    differentiable = needs_grad(*arguments)
+    op = _ResidualLayerNorm.apply if differentiable else torch.ops.snkernels.residual_layer_norm
+    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(h.device.type, dtype))
     return total.view(h.shape), normed.view(h.shape)

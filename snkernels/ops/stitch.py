@@ -10,7 +10,13 @@ from torch.autograd.function import once_differentiable
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.checks import check_input, check_stitch
-from snkernels.ops.library import autocast_dtype, register, triton_kernel, without_autocast
+from snkernels.ops.library import (
+    autocast_dtype,
+    needs_grad,
+    register,
+    triton_kernel,
+    without_autocast,
+)
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -122,5 +128,7 @@ def stitch(
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
     rows = x.to(autocast_dtype(x.device.type, x.dtype)).reshape(-1, x.shape[-1])
-    y = _Stitch.apply(rows, weight, bias, lora_A, lora_B, float(scaling))
+    arguments = (rows, weight, bias, lora_A, lora_B)
+    op = _Stitch.apply if needs_grad(*arguments) else torch.ops.snkernels.stitch
+    y = op(*arguments, float(scaling))
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -13,7 +13,13 @@ from torch.autograd.function import once_differentiable
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.checks import check_input, check_stitch, check_tensor
-from snkernels.ops.library import autocast_dtype, register, triton_kernel, without_autocast
+from snkernels.ops.library import (
+    autocast_dtype,
+    needs_grad,
+    register,
+    triton_kernel,
+    without_autocast,
+)
 from snkernels.ops.stitch import empty_grads, spread
 
 
@@ -167,8 +173,9 @@ def stitch_layer_norm(
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
     rows = x.to(autocast_dtype(x.device.type, x.dtype)).reshape(-1, x.shape[-1])
-    y, normed = _StitchLayerNorm.apply(
-        rows, weight, bias, lora_A, lora_B, float(scaling), norm_weight, norm_bias, float(eps)
-    )
+    stitch_arguments, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
+    differentiable = needs_grad(*stitch_arguments, *norm)
+    op = _StitchLayerNorm.apply if differentiable else torch.ops.snkernels.stitch_layer_norm
+    y, normed, *_ = op(*stitch_arguments, float(scaling), *norm, float(eps))
     shape = (*x.shape[:-1], weight.shape[0])
     return y.view(shape), normed.view(shape)
