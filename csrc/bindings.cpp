@@ -135,6 +135,15 @@ void bind_cuda(py::module_& m) {
                    BiasLayerNorm{gemm, bias, norm_weight, norm_bias, eps, y, normed, mean, rstd,
                                  device, reinterpret_cast<void*>(stream)});
         });
+  m.def("cuda_stitch_layer_norm_sm90",
+        [](View x, View weight, View bias, View lora_A, View lora_B, float scaling,
+           View norm_weight, View norm_bias, float eps, View y, View normed, View mean, View rstd,
+           int device, uintptr_t stream) {
+          run_cuda(stitch_layer_norm_sm90,
+                   StitchLayerNorm{x, weight, bias, lora_A, lora_B, scaling, norm_weight,
+                                   norm_bias, eps, y, normed, mean, rstd, device,
+                                   reinterpret_cast<void*>(stream)});
+        });
 }
 #endif
 

@@ -17,6 +17,21 @@ struct BiasLayerNorm {
 };
 int bias_layer_norm(const BiasLayerNorm&);
 
+// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) in one kernel, for compute capability 9.0 alone. x, weight,
+// lora_A and lora_B have the same half-precision dtype, and contiguous rows that begin and end at
+// multiples of 16 bytes: for lora_B pad the rank. Up to 2048 columns and rank 64; y, normed and
+// the statistics as above.
+struct StitchLayerNorm {
+  View x, weight, bias, lora_A, lora_B;
+  float scaling;
+  View norm_weight, norm_bias;
+  float eps;
+  View y, normed, mean, rstd;
+  int device;
+  void* stream;
+};
+int stitch_layer_norm_sm90(const StitchLayerNorm&);
+
 int device_count();
 const char* error_string(int error);
 

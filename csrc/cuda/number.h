@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "view.h"
 
@@ -44,20 +45,35 @@ struct Vector {
 // Two halves in one register, the first in the lower bits: the order of memory and of the tensor
 // cores' fragments.
 template <typename T>
-__device__ uint32_t pack(float first, float second) {
-  const T low = from_float<T>(first), high = from_float<T>(second);
-  uint16_t low_bits, high_bits;
-  memcpy(&low_bits, &low, 2);
-  memcpy(&high_bits, &high, 2);
-  return low_bits | uint32_t(high_bits) << 16;
+__device__ uint32_t pack(float first, float second);
+template <>
+__device__ inline uint32_t pack<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
 }
+template <>
+__device__ inline uint32_t pack<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, 4);
+  return word;
+}
+
 template <typename T>
-__device__ float2 unpack(uint32_t word) {
-  const uint16_t low_bits = uint16_t(word), high_bits = uint16_t(word >> 16);
-  T low, high;
-  memcpy(&low, &low_bits, 2);
-  memcpy(&high, &high_bits, 2);
-  return {to_float(low), to_float(high)};
+__device__ float2 unpack(uint32_t word);
+template <>
+__device__ inline float2 unpack<__half>(uint32_t word) {
+  __half2 pair;
+  memcpy(&pair, &word, 4);
+  return __half22float2(pair);
+}
+template <>
+__device__ inline float2 unpack<__nv_bfloat16>(uint32_t word) {
+  __nv_bfloat162 pair;
+  memcpy(&pair, &word, 4);
+  return __bfloat1622float2(pair);
 }
 
 }  // namespace snk::cuda

@@ -1,0 +1,112 @@
+// The launch of the Hopper kernel: tensor maps, cluster and grid.
+#include "cuda/stitch_layer_norm_sm90.h"
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "cuda/tensor_map.h"
+
+namespace snk::cuda {
+namespace {
+
+using namespace sm90;
+
+// How many clusters the device runs at a time: asked once, as it takes longer than a launch. The
+// kernel's shared memory limit is raised on the way.
+template <typename Kernel>
+cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int device,
+                              int slices, int& clusters) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({device, slices});
+  if (found != known.end()) {
+    clusters = found->second;
+    return cudaSuccess;
+  }
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           int(config.dynamicSmemBytes));
+  if (error != cudaSuccess) return error;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorInvalidClusterSize;
+  known[{device, slices}] = clusters;
+  return cudaSuccess;
+}
+
+template <typename T, int WIDTH, int RANK>
+cudaError_t launch(const StitchLayerNorm& p) {
+  const int cols = int(p.y.cols), rows = int(p.y.rows), slices = sm90::slices(cols);
+  Arguments arguments{};
+  cudaError_t error = tile_map(p.x, BAND, arguments.x);
+  if (error == cudaSuccess) error = tile_map(p.weight, WIDTH, arguments.weight);
+  if (RANK > 0 && error == cudaSuccess) error = tile_map(p.lora_A, RANK, arguments.lora_A);
+  if (RANK > 0 && error == cudaSuccess) error = tile_map(p.lora_B, WIDTH, arguments.lora_B);
+  if (error != cudaSuccess) return error;
+  arguments.bias = {p.bias.data, p.bias.dtype};
+  arguments.norm_weight = {p.norm_weight.data, p.norm_weight.dtype};
+  arguments.norm_bias = {p.norm_bias.data, p.norm_bias.dtype};
+  arguments.y = p.y.data;
+  arguments.normed = p.normed.data;
+  arguments.mean = static_cast<float*>(p.mean.data);
+  arguments.rstd = static_cast<float*>(p.rstd.data);
+  arguments.rows = rows;
+  arguments.cols = cols;
+  arguments.k_steps = int((p.x.cols + TILE_K - 1) / TILE_K);
+  arguments.slices = slices;
+  arguments.scaling = p.scaling;
+  arguments.eps = p.eps;
+  arguments.per_column = 1.0f / float(cols);
+
+  const auto kernel = stitch_layer_norm_sm90_kernel<T, WIDTH, RANK>;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(slices), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(slices);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = Shared<WIDTH, RANK>::BYTES;
+  config.stream = static_cast<cudaStream_t>(p.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters;
+  error = resident_clusters(kernel, config, p.device, slices, clusters);
+  if (error != cudaSuccess) return error;
+  const int bands = (rows + BAND - 1) / BAND;
+  config.gridDim = dim3(slices * (bands < clusters ? bands : clusters));
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+template <typename T, int WIDTH>
+cudaError_t launch_for_rank(const StitchLayerNorm& p) {
+  const int64_t rank = p.lora_A.rows;
+  if (rank == 0) return launch<T, WIDTH, 0>(p);
+  if (rank <= 16) return launch<T, WIDTH, 16>(p);
+  if (rank <= 64) return launch<T, WIDTH, 64>(p);
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t launch_for_width(const StitchLayerNorm& p) {
+  if (p.y.cols > MAX_SLICES * MAX_WIDTH) return cudaErrorInvalidValue;
+  return slice_width(int(p.y.cols)) == 192 ? launch_for_rank<T, 192>(p)
+                                           : launch_for_rank<T, MAX_WIDTH>(p);
+}
+
+}  // namespace
+
+int stitch_layer_norm_sm90(const StitchLayerNorm& p) {
+  if (p.y.rows == 0 || p.y.cols == 0) return cudaSuccess;
+  return on_device(p.device, [&] {
+    switch (p.x.dtype) {
+      case DType::f16: return launch_for_width<__half>(p);
+      case DType::bf16: return launch_for_width<__nv_bfloat16>(p);
+      default: return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace snk::cuda

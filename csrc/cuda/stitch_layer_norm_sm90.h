@@ -1,0 +1,363 @@
+// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) as one kernel for Hopper (sm_90a). Never run yet.
+//
+// A cluster of CTAs shares a band of 128 rows: each CTA computes all of these rows for one slice of
+// the columns, and the cluster takes band after band. In a CTA,
+//   - one thread of the first warpgroup, the producer, lets the copy engine fill a ring of stages,
+//     each a step of 64 along K: the x tile, W's slice, A. x and A are the same for the whole
+//     cluster: one CTA, another in each step, fetches them once for all (multicast).
+//   - the other two warpgroups, the consumers, multiply 64 rows each: acc += x Wᵀ and low += x Aᵀ.
+// The low-rank part is one more step of the same accumulator, against B. s · low is never rounded
+// to half: it is split into a sum of two halves, and both are multiplied. As an accumulator's
+// fragment is an operand's fragment, it does not leave the registers for that.
+// The epilogue adds the bias, rounds y, and takes mean and M2 = Σ (y − mean)² of the slice's
+// columns in two passes over registers; every CTA sends these to all CTAs of the cluster, stores y
+// meanwhile, merges all slices' statistics in the same order (Chan et al. 1979: M2 = Σ M2ᵢ + nᵢ (meanᵢ − mean)²), and stores LN(y).
+// Meanwhile the producer already loads the next band.
+#pragma once
+
+#include "cuda/number.h"
+#include "cuda/sm90.h"
+#include "cuda/sm90_layout.h"
+#include "cuda/sm90_wgmma.h"
+
+namespace snk::cuda::sm90 {
+
+constexpr int WARPGROUP = 128, CONSUMERS = 2, THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int BAND = 64 * CONSUMERS, CONSUMER_WARPS = 4 * CONSUMERS;
+
+// A thread of the launch has 65536 / 384 registers, rounded down to 168. The producer needs few;
+// the consumers' accumulators alone take up to 160.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168);
+
+struct Arguments {
+  CUtensorMap x, weight, lora_A, lora_B;
+  Vector bias, norm_weight, norm_bias;
+  void *y, *normed;
+  float *mean, *rstd;
+  int rows, cols, k_steps, slices;
+  float scaling, eps, per_column;  // 1 / cols
+};
+
+// Shared memory of a CTA. RANK is the rank of the low-rank part, padded to a multiple of 16; 0 for
+// none.
+template <int WIDTH, int RANK>
+struct Shared {
+  static constexpr int X_BYTES = BAND * TILE_ROW_BYTES, WEIGHT_BYTES = WIDTH * TILE_ROW_BYTES,
+                       A_BYTES = RANK * TILE_ROW_BYTES,
+                       STAGE_BYTES = X_BYTES + WEIGHT_BYTES + A_BYTES;
+  static_assert(X_BYTES % TILE_ALIGNMENT == 0 && WEIGHT_BYTES % TILE_ALIGNMENT == 0 &&
+                A_BYTES % TILE_ALIGNMENT == 0);
+
+  // What is not the ring. Two sets of statistics, and of their barriers: a CTA may send those of
+  // its next band before a slower one has read these.
+  struct Rest {
+    float2 statistics[2][MAX_SLICES][BAND];  // mean and M2, by slice and row
+    float bias[WIDTH], norm_weight[WIDTH], norm_bias[WIDTH];
+    uint64_t statistics_full[2][CONSUMER_WARPS];
+    uint64_t full[4], empty[4];
+  };
+
+  static constexpr int LIMIT = 227 * 1024;
+  static constexpr int FITTING = (LIMIT - int(sizeof(Rest))) / STAGE_BYTES;
+  static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
+  static_assert(STAGES >= 3);
+  static constexpr int BYTES = STAGES * STAGE_BYTES + int(sizeof(Rest));
+  using Position = Ring<STAGES>;
+
+  uint32_t base;
+  Rest* rest;
+
+  __device__ explicit Shared(unsigned char* memory)
+      : base(shared_address(memory)), rest(reinterpret_cast<Rest*>(memory + STAGES * STAGE_BYTES)) {}
+
+  __device__ uint32_t x(int stage) const { return base + stage * STAGE_BYTES; }
+  __device__ uint32_t weight(int stage) const { return x(stage) + X_BYTES; }
+  __device__ uint32_t lora_A(int stage) const { return weight(stage) + WEIGHT_BYTES; }
+  // B's slice has the shape of a W tile, and comes in the place of one.
+  __device__ uint32_t lora_B(int stage) const { return weight(stage); }
+  __device__ uint32_t full(int stage) const { return shared_address(&rest->full[stage]); }
+  __device__ uint32_t empty(int stage) const { return shared_address(&rest->empty[stage]); }
+};
+
+// One thread. A stage may be overwritten once the consumers of all CTAs have released it, as x and
+// A go to all of them.
+template <int WIDTH, int RANK>
+__device__ void produce(const Arguments& p, const Shared<WIDTH, RANK>& shared, int slice) {
+  using S = Shared<WIDTH, RANK>;
+  const uint16_t everyone = uint16_t((1 << p.slices) - 1);
+  const int column = slice * WIDTH;
+  typename S::Position at;
+  for (int row = blockIdx.x / p.slices * BAND; row < p.rows; row += gridDim.x / p.slices * BAND) {
+    for (int step = 0; step < p.k_steps; ++step, at.advance()) {
+      const uint32_t full = shared.full(at.stage);
+      wait(shared.empty(at.stage), at.phase ^ 1);
+      arrive_expecting(full, S::STAGE_BYTES);
+      if (step % p.slices == slice)
+        load_tile(shared.x(at.stage), &p.x, step * TILE_K, row, full, everyone);
+      load_tile(shared.weight(at.stage), &p.weight, step * TILE_K, column, full);
+      if (RANK > 0 && (step + 1) % p.slices == slice)
+        load_tile(shared.lora_A(at.stage), &p.lora_A, step * TILE_K, 0, full, everyone);
+    }
+    if (RANK > 0) {
+      wait(shared.empty(at.stage), at.phase ^ 1);
+      arrive_expecting(shared.full(at.stage), S::WEIGHT_BYTES);
+      load_tile(shared.lora_B(at.stage), &p.lora_B, 0, column, shared.full(at.stage));
+      at.advance();
+    }
+  }
+}
+
+// s · low as operands of the next product, 16 columns each: value = high + rest, both of type T.
+template <typename T, int RANK>
+__device__ void split(const float (&low)[RANK / 2], float scaling, uint32_t (&high)[RANK / 16][4],
+                      uint32_t (&rest)[RANK / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < RANK / 4; ++i) {
+    const float first = scaling * low[2 * i], second = scaling * low[2 * i + 1];
+    const uint32_t word = pack<T>(first, second);
+    const float2 rounded = unpack<T>(word);
+    high[i / 4][i % 4] = word;
+    rest[i / 4][i % 4] = pack<T>(first - rounded.x, second - rounded.y);
+  }
+}
+
+// acc = x Wᵀ + s (x Aᵀ) Bᵀ for the 64 rows of this warpgroup.
+template <typename T, int WIDTH, int RANK>
+__device__ void multiply(const Arguments& p, const Shared<WIDTH, RANK>& shared, int warpgroup,
+                         typename Shared<WIDTH, RANK>::Position& at, float (&acc)[WIDTH / 2]) {
+  const uint32_t lane = threadIdx.x % 32;
+  // Every warp tells every CTA, by a lane each.
+  const auto release = [&](int stage) {
+    if (lane < uint32_t(p.slices)) arrive_remote(shared.empty(stage), lane);
+  };
+  constexpr int LOW = RANK > 0 ? RANK / 2 : 1;
+  float low[LOW];
+#pragma unroll
+  for (int i = 0; i < WIDTH / 2; ++i) acc[i] = 0;
+#pragma unroll
+  for (int i = 0; i < LOW; ++i) low[i] = 0;
+
+  for (int step = 0; step < p.k_steps; ++step, at.advance()) {
+    wait(shared.full(at.stage), at.phase);
+    wgmma_fence();
+    const uint32_t x = shared.x(at.stage) + warpgroup * 64 * TILE_ROW_BYTES;
+#pragma unroll
+    for (int k = 0; k < TILE_K / 16; ++k) {
+      wgmma<T>(acc, tile_descriptor(x + 32 * k),
+               tile_descriptor(shared.weight(at.stage) + 32 * k));
+      if constexpr (RANK > 0)
+        wgmma<T>(low, tile_descriptor(x + 32 * k),
+                 tile_descriptor(shared.lora_A(at.stage) + 32 * k));
+    }
+    // The stage goes back at once: while one warpgroup waits here, the other one's products run.
+    wgmma_finish();
+    wgmma_settle(acc);
+    wgmma_settle(low);
+    release(at.stage);
+  }
+
+  if constexpr (RANK > 0) {
+    uint32_t high[RANK / 16][4], rest[RANK / 16][4];
+    split<T, RANK>(low, p.scaling, high, rest);
+    wait(shared.full(at.stage), at.phase);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < RANK / 16; ++k) {
+      const uint64_t b = tile_descriptor(shared.lora_B(at.stage) + 32 * k);
+      wgmma<T>(acc, high[k], b);
+      wgmma<T>(acc, rest[k], b);
+    }
+    wgmma_finish();
+    wgmma_settle(acc);
+    release(at.stage);
+    at.advance();
+  }
+}
+
+// The words of four neighbouring lanes as a 4 × 4 matrix, transposed: from two columns out of every
+// eight to eight adjacent columns, which a lane stores in one piece.
+__device__ inline void transpose(uint32_t (&word)[4], uint32_t lane) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t& first = word[distance == 1 ? 2 * i : i];
+      uint32_t& second = word[distance == 1 ? 2 * i + 1 : i + 2];
+      const uint32_t received = __shfl_xor_sync(~0u, upper ? first : second, distance);
+      (upper ? first : second) = received;
+    }
+  }
+}
+
+// y and LN(y) of the warp's 16 rows from `row`, and their statistics; `band` counts this cluster's.
+template <typename T, int WIDTH, int RANK>
+__device__ void finish(const Arguments& p, const Shared<WIDTH, RANK>& shared, int slice, int band,
+                       int row, const float (&acc)[WIDTH / 2]) {
+  constexpr int GROUPS = WIDTH / 32;
+  const auto& rest = *shared.rest;
+  const uint32_t lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
+  const int warp = threadIdx.x / 32 - 4;
+  const int set = band % 2;
+  const auto columns = [&](int s) { return float(min(WIDTH, p.cols - s * WIDTH)); };
+  // This lane's columns: 32 g + 8 member … + 7 of the slice, for all g; its rows: two.
+  const auto has = [&](int group) { return slice * WIDTH + group * 32 + int(member) * 8 < p.cols; };
+  const auto sum_of_four = [](float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  };
+  uint32_t y[2][GROUPS][4];
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = 4 * g + j;
+      const float2 bias = *reinterpret_cast<const float2*>(&rest.bias[8 * n + 2 * member]);
+      y[0][g][j] = pack<T>(acc[4 * n] + bias.x, acc[4 * n + 1] + bias.y);
+      y[1][g][j] = pack<T>(acc[4 * n + 2] + bias.x, acc[4 * n + 3] + bias.y);
+    }
+    transpose(y[0][g], lane);
+    transpose(y[1][g], lane);
+  }
+
+  const uint32_t statistics_full = shared_address(&rest.statistics_full[set][warp]);
+  float2 of_slice[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = 0, squares = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 value = unpack<T>(y[half][g][j]);
+        if (has(g)) total += value.x + value.y;
+      }
+    const float mean = __fdividef(sum_of_four(total), columns(slice));
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 value = unpack<T>(y[half][g][j]);
+        const float a = value.x - mean, b = value.y - mean;
+        if (has(g)) squares += a * a + b * b;
+      }
+    of_slice[half] = {mean, sum_of_four(squares)};
+  }
+  // The four lanes of a row all know its statistics: each sends them to every fourth CTA.
+  const int in_band = warp * 16 + int(quad);
+  if (lane == 0) arrive_expecting(statistics_full, 16 * p.slices * sizeof(float2));
+  for (uint32_t peer = member; peer < uint32_t(p.slices); peer += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      send(shared_address(&rest.statistics[set][slice][in_band + 8 * half]), peer, of_slice[half],
+           statistics_full);
+
+  const int rows[2] = {row + int(quad), row + int(quad) + 8};
+  const auto start = [&](void* matrix, int half) {
+    return static_cast<T*>(matrix) + int64_t(rows[half]) * p.cols + slice * WIDTH + member * 8;
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    T* const to = start(p.y, half);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g)
+      if (rows[half] < p.rows && has(g)) store_16_bytes(to + g * 32, y[half][g]);
+  }
+
+  wait(statistics_full, band / 2 % 2);
+  float mean[2], rstd[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float centre = 0, squares = 0;
+#pragma unroll 1
+    for (int s = 0; s < p.slices; ++s)
+      centre += columns(s) * rest.statistics[set][s][in_band + 8 * half].x;
+    centre *= p.per_column;
+#pragma unroll 1
+    for (int s = 0; s < p.slices; ++s) {
+      const float2 part = rest.statistics[set][s][in_band + 8 * half];
+      squares += part.y + columns(s) * (part.x - centre) * (part.x - centre);
+    }
+    mean[half] = centre;
+    rstd[half] = rsqrtf(squares * p.per_column + p.eps);
+    if (slice == 0 && member == 0 && rows[half] < p.rows) {
+      p.mean[rows[half]] = mean[half];
+      p.rstd[rows[half]] = rstd[half];
+    }
+  }
+
+  T* const normed[2] = {start(p.normed, 0), start(p.normed, 1)};
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    float weight[8], bias[8];
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const int column = g * 32 + int(member) * 8 + i;
+      *reinterpret_cast<float4*>(weight + i) =
+          *reinterpret_cast<const float4*>(&rest.norm_weight[column]);
+      *reinterpret_cast<float4*>(bias + i) =
+          *reinterpret_cast<const float4*>(&rest.norm_bias[column]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 value = unpack<T>(y[half][g][j]);
+        word[j] = pack<T>((value.x - mean[half]) * rstd[half] * weight[2 * j] + bias[2 * j],
+                          (value.y - mean[half]) * rstd[half] * weight[2 * j + 1] + bias[2 * j + 1]);
+      }
+      if (rows[half] < p.rows && has(g)) store_16_bytes(normed[half] + g * 32, word);
+    }
+  }
+}
+
+template <typename T, int WIDTH, int RANK>
+__global__ void __launch_bounds__(THREADS, 1)
+    stitch_layer_norm_sm90_kernel(const __grid_constant__ Arguments p) {
+  using S = Shared<WIDTH, RANK>;
+  const S shared(shared_memory());
+  const int slice = int(cluster_rank());
+
+  for (int i = threadIdx.x; i < WIDTH; i += THREADS) {
+    const int column = slice * WIDTH + i;
+    const bool inside = column < p.cols;
+    shared.rest->bias[i] = inside ? p.bias.at(column, 0) : 0;
+    shared.rest->norm_weight[i] = inside ? p.norm_weight.at(column, 1) : 0;
+    shared.rest->norm_bias[i] = inside ? p.norm_bias.at(column, 0) : 0;
+  }
+  if (threadIdx.x == 0) {
+    prefetch(&p.x);
+    prefetch(&p.weight);
+    for (int stage = 0; stage < S::STAGES; ++stage) {
+      barrier_init(shared.full(stage), 1);
+      barrier_init(shared.empty(stage), p.slices * CONSUMER_WARPS);
+    }
+    for (auto& set : shared.rest->statistics_full)
+      for (uint64_t& barrier : set) barrier_init(shared_address(&barrier), 1);
+    fence_barrier_init();
+  }
+  // No CTA sends anything to one that has not begun.
+  cluster_sync();
+
+  if (threadIdx.x < WARPGROUP) {
+    give_registers_back<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(p, shared, slice);
+  } else {
+    take_registers<CONSUMER_REGISTERS>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) - 4, warpgroup = warp / 4;
+    typename S::Position at;
+    int band = 0;
+    for (int row = blockIdx.x / p.slices * BAND; row < p.rows;
+         row += gridDim.x / p.slices * BAND, ++band) {
+      float acc[WIDTH / 2];
+      multiply<T>(p, shared, warpgroup, at, acc);
+      finish<T>(p, shared, slice, band, row + warp * 16, acc);
+    }
+  }
+  // No CTA ends while another may still send to it.
+  cluster_sync();
+}
+
+}  // namespace snk::cuda::sm90
