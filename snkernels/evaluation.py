@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -185,8 +185,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure routes on labelled images: top-1, top-5 and loss of each, and the Pareto front.
 
-    The data are read once: every batch takes every route before the next batch is read. The model
-    runs in eval mode and inference mode, and the training flags of its modules are restored.
+    The data are read once, and a batch takes all routes in one forward, which computes once what
+    several of them begin with. The model runs in eval mode and inference mode, and the training
+    flags of its modules are restored.
 
     Args:
         model: A stitched model on any device.
@@ -212,7 +213,7 @@ def evaluate(
             images, labels = _checked(batch, model.small.num_classes)
             images, labels = images.to(like.device, like.dtype), labels.to(like.device, torch.long)
             images_seen += len(labels)
-            for i, logits in enumerate(_logits(model, images, wanted)):
+            for i, logits in enumerate(model(images, routes=[route.id for route in wanted])):
                 sums[i] += _rate(logits, labels)
             finite = sums[:, 2].isfinite().tolist()
             if not all(finite):
@@ -252,12 +253,6 @@ def _by_direction(scores: Sequence[Score], chosen: Sequence[Score]) -> str:
         f" of {sum(s.direction == direction for s in scores)}"
         for direction in directions
     )
-
-
-def _logits(model: StitchedViT, images: Tensor, routes: Sequence[ModelRoute]) -> Iterator[Tensor]:
-    """Yield the logits (batch, classes) of the images on each route in turn."""
-    for route in routes:
-        yield model(images, stitch=route.id)
 
 
 def _rate(logits: Tensor, labels: Tensor) -> Tensor:
