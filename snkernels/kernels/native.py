@@ -319,3 +319,80 @@ def cuda_bias_layer_norm(
         torch.cuda.current_stream(gemm.device).cuda_stream,
     )
     return y, normed, mean, rstd
+
+
+def cluster_kernel_obstacle(x: Tensor, weight: Tensor, lora_A: Tensor | None) -> str | None:
+    """Why :func:`cuda_stitch_layer_norm` does not take these operands; None if it does."""
+    (out_features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {x.dtype}"
+    if in_features % 8 or out_features % 8 or not in_features or not 0 < out_features <= 2048:
+        return f"it takes multiples of 8, up to 2048 out, not {in_features} → {out_features} features"
+    if rank > 64:
+        return f"it takes ranks up to 64, not {rank}"
+    if x.shape[0] > 2**31 - 128:
+        return f"it takes up to 2³¹ − 128 rows, not {x.shape[0]}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return "it runs on compute capability 9.0, not on {}.{}".format(*capability)
+    return None
+
+
+def cuda_stitch_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, LN(y), mean, 1/σ) by one Hopper kernel; see :mod:`snkernels.reference`.
+
+    W, A and B are cast to the dtype of x first, in a pass of their own where they are of another;
+    a frozen W is best kept in the dtype of x. Scaling · x Aᵀ is not rounded to that dtype.
+
+    Never run on a GPU yet: compiled, and its source run on a stand-in machine in the tests.
+
+    Raises:
+        ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
+    """
+    if obstacle := cluster_kernel_obstacle(x, weight, lora_A):
+        raise ValueError(f"the Hopper kernel cannot run: {obstacle}")
+    (features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
+    if lora_B is not None and rank % 8:
+        # The copy engine reads rows that begin at multiples of 16 bytes.
+        lora_B = torch.nn.functional.pad(lora_B, (0, -rank % 8))
+
+    # In a list until the launch, so that no copy's memory is given to the next.
+    operands = []
+    for tensor in (x, weight, lora_A, lora_B):
+        if tensor is not None:
+            tensor = tensor.to(x.dtype).contiguous()
+            if tensor.data_ptr() % 16:
+                tensor = tensor.clone()
+        operands.append(tensor)
+    vectors = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
+    bias, norm_weight, norm_bias = vectors
+    rows = x.shape[0]
+    y, normed, mean, rstd = norm_outputs(x, features)
+    _C.cuda_stitch_layer_norm_sm90(
+        _view("x", operands[0], rows, in_features, "cuda"),
+        _view("weight", operands[1], features, in_features, "cuda"),
+        _view("bias", bias, 1, features, "cuda"),
+        _view("lora_A", operands[2], rank, in_features, "cuda"),
+        _view("lora_B", operands[3], features, rank + -rank % 8, "cuda"),
+        scaling,
+        _view("norm_weight", norm_weight, 1, features, "cuda"),
+        _view("norm_bias", norm_bias, 1, features, "cuda"),
+        eps,
+        _view("y", y, rows, features, "cuda"),
+        _view("normed", normed, rows, features, "cuda"),
+        _view("mean", mean, 1, rows, "cuda"),
+        _view("rstd", rstd, 1, rows, "cuda"),
+        y.device.index,
+        torch.cuda.current_stream(y.device).cuda_stream,
+    )
+    return y, normed, mean, rstd

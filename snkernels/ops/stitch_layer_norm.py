@@ -58,6 +58,10 @@ def _cuda(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if native.cluster_kernel_obstacle(x, weight, lora_A) is None:
+        return native.cuda_stitch_layer_norm(
+            x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
+        )
     gemm = reference.stitch(x, weight, None, lora_A, lora_B, scaling)
     return native.cuda_bias_layer_norm(gemm, bias, norm_weight, norm_bias, eps)
 
