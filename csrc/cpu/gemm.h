@@ -12,21 +12,56 @@
 namespace snk::cpu::SNK_ISA {
 
 constexpr int64_t KC = 256;
-constexpr int64_t BAND = 8 * MR;  // rows; a band of C and its slices of A stay in the L2 cache
+constexpr int64_t BAND = 8 * MR;  // rows at most; a band of C and its slices of A stay in L2
+
+// Transposes VL vectors in registers, by swapping ever larger blocks across the diagonal.
+template <int HALF = 1>
+inline void transpose(vec* rows) {
+  if constexpr (HALF < VL) {
+    typedef int lanes __attribute__((vector_size(VL * sizeof(int))));
+    lanes low, high;
+    for (int j = 0; j < VL; ++j) {
+      low[j] = j & HALF ? VL + j - HALF : j;
+      high[j] = j & HALF ? VL + j : j + HALF;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      if (i & HALF) continue;
+      const vec a = rows[i], b = rows[i + HALF];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + HALF] = __builtin_shuffle(a, b, high);
+    }
+    transpose<2 * HALF>(rows);
+  }
+}
 
 // out[k][0..WIDTH) = the k-th terms of `count` vectors: vector i starts at in + i · vector_stride
-// and has its terms `term_stride` apart.
+// and has its terms `term_stride` apart. Writes up to VL floats past the end of out.
 template <int WIDTH, typename T>
 inline void pack_slice(const T* in, int64_t vector_stride, int64_t term_stride, int64_t count,
                        int64_t terms, float* out) {
-  if (count == WIDTH) {
-    for (int64_t k = 0; k < terms; ++k, out += WIDTH)
-      for (int i = 0; i < WIDTH; ++i) out[i] = to_float(in[i * vector_stride + k * term_stride]);
-  } else {
-    for (int64_t k = 0; k < terms; ++k, out += WIDTH)
-      for (int i = 0; i < WIDTH; ++i)
-        out[i] = i < count ? to_float(in[i * vector_stride + k * term_stride]) : 0.0f;
+  int64_t k = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    // Term by term, vectors whose stride is a power of two would all fall into one set of the L1
+    // cache. Where a group of lanes is wider than the slice, the next term overwrites the excess.
+    if (term_stride == 1)
+      for (; k + VL <= terms; k += VL)
+        for (int group = 0; group < WIDTH; group += VL) {
+          vec rows[VL];
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i)
+            rows[i] = group + i < WIDTH && group + i < count
+                          ? load(in + (group + i) * vector_stride + k)
+                          : vec{};
+          transpose(rows);
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) store(out + (k + i) * WIDTH + group, rows[i]);
+        }
   }
+  for (; k < terms; ++k)
+    for (int i = 0; i < WIDTH; ++i)
+      out[k * WIDTH + i] =
+          i < count ? to_float(in[i * vector_stride + k * term_stride]) : 0.0f;
 }
 
 // Packs the rows [row, row + count) of a view, terms along its columns from `first` on.
@@ -70,20 +105,24 @@ struct Product {
 template <typename Epilogue>
 Status gemm(const Product* products, int count, int threads, Scratch& scratch, Epilogue epilogue) {
   const int64_t M = products[0].a.rows, N = products[0].b.rows;
-  const int64_t panels = ceil_div(N, NR), ld = panels * NR;
+  const int64_t panels = ceil_div(N, NR);
+  // Rows of a band are a cache line longer than needed: a power of two apart, all rows of a tile
+  // would fall into one set of the L1 cache.
+  const int64_t ld = panels * NR + 16;
   int64_t terms = 0;
   for (int p = 0; p < count; ++p) terms += products[p].a.cols;
-  float* packed_b = scratch.take(ld * terms);
-  if (packed_b == nullptr && ld * terms > 0) return Status::out_of_memory;
+  float* packed_b = scratch.take(panels * NR * terms + VL);
+  if (packed_b == nullptr) return Status::out_of_memory;
 
-  // Fewer rows than threads · BAND: smaller bands, so that no thread is idle. Never an empty one.
-  const int64_t band = smaller(BAND, round_up(ceil_div(M, threads) + (M == 0), MR));
+  // Bands of about equal height, as many for each thread, none above BAND.
+  const int64_t slices = ceil_div(M, MR);
+  const int64_t bands = threads * ceil_div(slices, threads * (BAND / MR));
   bool failed = false;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch local;
-    float* c = local.take(band * ld + band * KC);
-    float* packed_a = c + band * ld;
+    float* c = local.take(BAND * ld + BAND * KC + VL);
+    float* packed_a = c + BAND * ld;
 #pragma omp for
     for (int64_t panel = 0; panel < panels; ++panel) {
       // A panel holds the terms of all products, one product after the other.
@@ -95,13 +134,14 @@ Status gemm(const Product* products, int count, int threads, Scratch& scratch, E
       }
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < M; first += band) {
+    for (int64_t band = 0; band < bands; ++band) {
       if (c == nullptr) {
 #pragma omp atomic write
         failed = true;
         continue;
       }
-      const int64_t rows = smaller(band, M - first);
+      const int64_t first = band * slices / bands * MR;
+      const int64_t rows = smaller((band + 1) * slices / bands * MR, M) - first;
       const float* b = packed_b;
       bool add = false;
       for (int p = 0; p < count; ++p) {
