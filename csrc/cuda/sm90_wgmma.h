@@ -17,12 +17,17 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 __device__ inline void wgmma_finish() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
-// Ties the accumulators to this point of the program: the compiler, for which a product is over
-// when its instruction is, must not move their uses to before the wait.
+// Ties registers to this point of the program, which for the compiler are as free to move as any:
+// operands are written before wgmma_fence, results are read after wgmma_finish.
 template <int SIZE>
 __device__ void wgmma_settle(float (&d)[SIZE]) {
 #pragma unroll
   for (int i = 0; i < SIZE; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int SIZE>
+__device__ void wgmma_settle(uint32_t (&fragments)[SIZE][4]) {
+#pragma unroll
+  for (int i = 0; i < SIZE * 4; ++i) asm volatile("" : "+r"(fragments[i / 4][i % 4])::"memory");
 }
 
 // wgmma(d, a, b): A by descriptor. wgmma(d, fragment, b): A in registers. The asm statement lists

@@ -3,7 +3,7 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -14,15 +14,16 @@ namespace {
 
 using namespace sm90;
 
-// How many clusters the device runs at a time: asked once, as it takes longer than a launch. The
-// kernel's shared memory limit is raised on the way.
+// How many clusters of this kernel the device runs at a time: asked once, as it takes longer than a
+// launch. The kernel's shared memory limit is raised on the way.
 template <typename Kernel>
 cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int device,
                               int slices, int& clusters) {
+  // By kernel too: all of them have the same type, and so share this map.
+  static std::map<std::tuple<Kernel, int, int>, int> known;
   static std::mutex mutex;
-  static std::map<std::pair<int, int>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find({device, slices});
+  const auto found = known.find({kernel, device, slices});
   if (found != known.end()) {
     clusters = found->second;
     return cudaSuccess;
@@ -33,7 +34,7 @@ cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, i
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorInvalidClusterSize;
-  known[{device, slices}] = clusters;
+  known[{kernel, device, slices}] = clusters;
   return cudaSuccess;
 }
 

@@ -108,7 +108,8 @@ __device__ void produce(const Arguments& p, const Shared<WIDTH, RANK>& shared, i
   }
 }
 
-// s · low as operands of the next product, 16 columns each: value = high + rest, both of type T.
+// s · low as operands of the next product, 16 columns each: value = high + rest, both of type T. (A
+// float16 holds up to 65504; beyond, the row becomes NaN or infinite, as it does in eager float16.)
 template <typename T, int RANK>
 __device__ void split(const float (&low)[RANK / 2], float scaling, uint32_t (&high)[RANK / 16][4],
                       uint32_t (&rest)[RANK / 16][4]) {
@@ -160,6 +161,8 @@ __device__ void multiply(const Arguments& p, const Shared<WIDTH, RANK>& shared, 
   if constexpr (RANK > 0) {
     uint32_t high[RANK / 16][4], rest[RANK / 16][4];
     split<T, RANK>(low, p.scaling, high, rest);
+    wgmma_settle(high);
+    wgmma_settle(rest);
     wait(shared.full(at.stage), at.phase);
     wgmma_fence();
 #pragma unroll

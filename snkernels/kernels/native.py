@@ -327,7 +327,7 @@ def cluster_kernel_obstacle(x: Tensor, weight: Tensor, lora_A: Tensor | None) ->
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {x.dtype}"
     if in_features % 8 or out_features % 8 or not in_features or not 0 < out_features <= 2048:
-        return f"it takes multiples of 8, up to 2048 out, not {in_features} → {out_features} features"
+        return f"it takes multiples of 8, up to 2048 out, not {out_features} from {in_features}"
     if rank > 64:
         return f"it takes ranks up to 64, not {rank}"
     if x.shape[0] > 2**31 - 128:
