@@ -59,21 +59,23 @@ def eager(t: Tensors) -> Tensor:
     return y
 
 
-def _addmm(t: Tensors) -> Tensor:
+def addmm(t: Tensors) -> Tensor:
+    """The same as a chain of addmm."""
     y = torch.addmm(t["bias"], t["x"], t["weight"].t())
     if "lora_A" in t:
         y = torch.addmm(y, t["x"] @ t["lora_A"].t(), t["lora_B"].t(), alpha=scaling(t))
     return y
 
 
-def _merged_weight(t: Tensors) -> Tensor:
+def merged_weight(t: Tensors) -> Tensor:
+    """W with the low-rank part added."""
     if "lora_A" not in t:
         return t["weight"]
     return torch.addmm(t["weight"], t["lora_B"], t["lora_A"], alpha=scaling(t))
 
 
 def _merge_each_call(t: Tensors) -> Tensor:
-    return F.linear(t["x"], _merged_weight(t), t["bias"])
+    return F.linear(t["x"], merged_weight(t), t["bias"])
 
 
 def baselines(finish: Finish) -> dict[str, Baseline]:
@@ -86,11 +88,11 @@ def baselines(finish: Finish) -> dict[str, Baseline]:
         return lambda t: lambda: finish(t, projection(t))
 
     def merged(t: Tensors) -> Callable[[], Outputs]:
-        weight = _merged_weight(t).detach()
+        weight = merged_weight(t).detach()
         return lambda: finish(t, F.linear(t["x"], weight, t["bias"]))
 
     return {
-        "addmm": Baseline(plain(_addmm)),
+        "addmm": Baseline(plain(addmm)),
         "merged": Baseline(merged, lacks=("lora_A", "lora_B")),
         "merge each call": Baseline(plain(_merge_each_call)),
     }

@@ -1,0 +1,104 @@
+"""``multi_stitch_layer_norm`` beside a loop over the groups, each projected in the usual ways."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks import stitching
+from benchmarks.case import Trial
+from benchmarks.subject import Outputs, Phase, Shape, Subject, Tensors, Work
+from snkernels.ops import StitchGroup, multi_stitch_layer_norm
+
+NAMES = ("weight", "bias", "lora_A", "lora_B", "norm_weight", "norm_bias")
+Projection = Callable[[Tensors], Tensor]
+
+
+def _shapes(images: int) -> list[Shape]:
+    rows = images * stitching.TOKENS
+    sizes = {"M": rows, "K": 384, "N": 1024, "r": 64}
+    return [Shape("S→L", {**sizes, "groups": groups}) for groups in (1, 4, 12, 24)]
+
+
+def _sizes(rows: int, groups: int) -> list[int]:
+    """Group sizes in the proportion 1 : 2 : … : groups."""
+    total = groups * (groups + 1) // 2
+    ends = [rows * i * (i + 1) // 2 // total for i in range(groups + 1)]
+    return [stop - start for start, stop in itertools.pairwise(ends)]
+
+
+def _make(shape: Shape) -> Tensors:
+    rows, groups = shape["M"], shape["groups"]
+    tensors = {"x": torch.randn(rows, shape["K"])}
+    one = Shape("", {name: shape[name] for name in "MKNr"} | {"M": 0})
+    for i in range(groups):
+        own = stitching.make(one) | {name: torch.randn(shape["N"]) for name in NAMES[4:]}
+        tensors |= {f"{name}.{i}": own[name] for name in NAMES}
+    return tensors | {"offsets": torch.tensor([0, *itertools.accumulate(_sizes(rows, groups))])}
+
+
+def _groups(t: Tensors) -> list[Tensors]:
+    return [{n: t[f"{n}.{i}"] for n in NAMES} for i in range(len(t["offsets"]) - 1)]
+
+
+def _loop(t: Tensors, projections: list[Projection]) -> Outputs:
+    rows = t["x"].split(t["offsets"].diff().tolist())
+    parts = []
+    for x, own, project in zip(rows, _groups(t), projections, strict=True):
+        y = project(own | {"x": x})
+        norm = (own["norm_weight"], own["norm_bias"], stitching.EPS)
+        parts.append((y, F.layer_norm(y, y.shape[-1:], *norm)))
+    y, normed = zip(*parts, strict=True)
+    return torch.cat(y), torch.cat(normed)
+
+
+def _eager(t: Tensors) -> Outputs:
+    return _loop(t, [stitching.eager] * len(_groups(t)))
+
+
+def _merged(t: Tensors) -> Callable[[], Outputs]:
+    def linear(own: Tensors) -> Projection:
+        weight = stitching.merged_weight(own).detach()
+        return lambda t: F.linear(t["x"], weight, t["bias"])
+
+    projections = [linear(own) for own in _groups(t)]
+    return lambda: _loop(t, projections)
+
+
+def _ours(t: Tensors) -> Callable[[], Outputs]:
+    scaling = stitching.scaling(_groups(t)[0])
+    groups = [StitchGroup(**own, scaling=scaling) for own in _groups(t)]
+    return lambda: multi_stitch_layer_norm(t["x"], t["offsets"], groups, stitching.EPS)
+
+
+def _work(shape: Shape, phase: Phase, itemsize: int) -> Work:
+    """That of one stitch over all rows, and the further groups' weights."""
+    one = stitching.work(shape, phase, itemsize, outputs=2)
+    passes = 2 if phase == "forward+backward" else 1
+    weights = (shape["groups"] - 1) * shape["N"] * shape["K"] * passes
+    return Work(one.flops, one.bytes + weights * itemsize)
+
+
+SUBJECT = Subject(
+    op="multi_stitch",
+    shapes=_shapes,
+    make=_make,
+    eager=_eager,
+    ours=_ours,
+    layer=_ours,
+    baselines={
+        "addmm": stitching.Baseline(
+            lambda t: lambda: _loop(t, [stitching.addmm] * len(_groups(t)))
+        ),
+        "merged": stitching.Baseline(_merged, lacks=("lora_A", "lora_B")),
+    },
+    work=_work,
+    frozen=("weight",),
+)
+
+
+def test_multi_stitch(trial: Trial, benchmark: BenchmarkFixture) -> None:
+    trial.run(benchmark)
