@@ -182,7 +182,7 @@ def run_blocks(
     Returns:
         The residual stream after block ``stop - 1``, (B, N, embed_dim).
     """
-    tokens, _ = _chain(list(vit.blocks)[start:stop], tokens, normed, None)
+    tokens, _ = _chain(list(vit.blocks)[start:stop], tokens, normed)
     return tokens
 
 
@@ -200,20 +200,26 @@ def finish(vit: Anchor, tokens: Tensor, start: int, normed: Tensor | None = None
     Returns:
         Logits (B, classes).
     """
-    *blocks, last = list(vit.blocks)[start:]
-    tokens, normed = _chain(blocks, tokens, normed, entry_norm(last))
     norm = vit.norm if is_plain_norm(vit.norm) else None
-    tokens, normed = run_block(last, tokens, normed, norm, vit.global_pool == "token")
+    blocks = list(vit.blocks)[start:]
+    tokens, normed = _chain(blocks, tokens, normed, norm, vit.global_pool == "token")
     return vit.forward_head(vit.norm(tokens) if normed is None else normed)
 
 
 def _chain(
-    blocks: list[Block], tokens: Tensor, normed: Tensor | None, following: nn.LayerNorm | None
+    blocks: list[Block],
+    tokens: Tensor,
+    normed: Tensor | None,
+    following: nn.LayerNorm | None = None,
+    class_token_only: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run blocks one after another; ``following`` is the norm after the last."""
-    norms = [*map(entry_norm, blocks[1:]), following]
-    for block, norm in zip(blocks, norms, strict=False):
-        tokens, normed = run_block(block, tokens, normed, norm)
+    """Run blocks one after another; the last two arguments are those of the last ``run_block``."""
+    norms = [*map(entry_norm, blocks), following]
+    last = len(blocks) - 1
+    for i, block in enumerate(blocks):
+        tokens, normed = run_block(
+            block, tokens, norms[i], normed, norms[i + 1], class_token_only and i == last
+        )
     return tokens, normed
 
 

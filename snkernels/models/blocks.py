@@ -31,37 +31,33 @@ _ATTENTIONS = {
     "timm.models.vision_transformer.Attention",
 }
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
+def entry_norm(block: Block) -> nn.LayerNorm | None:
+    """Return norm1 of a block that can be run part by part; None if it is called as a module.
 
-def runs_in_parts(block: Block) -> bool:
-    """Whether a block is run part by part; otherwise it is called as a module.
-
-    It must be a block of ``PlainViT`` or timm's ``VisionTransformer``, and those of its parts that
-    are not called here must be LayerNorm, LayerScale, DropPath or identities that nobody has
+    It can if it is a block of ``PlainViT`` or timm's ``VisionTransformer``, and those of its parts
+    that are not called here are LayerNorm, LayerScale, DropPath or identities that nobody has
     hooked, wrapped or compiled.
     """
     parts = block._modules
-    scales = (parts["ls1"], parts["ls2"])
-    drops = (parts["drop_path1"], parts["drop_path2"])
-    return (
+    norm = parts["norm1"]
+    fits = (
         _class_name(block) in _BLOCKS
-        and all(map(_untouched, (block, *scales, *drops)))
-        and is_plain_norm(parts["norm1"])
+        and _is_untouched(block)
+        and is_plain_norm(norm)
         and is_plain_norm(parts["norm2"])
-        and all(hasattr(scale, "gamma") or isinstance(scale, nn.Identity) for scale in scales)
-        and all(hasattr(drop, "drop_prob") or isinstance(drop, nn.Identity) for drop in drops)
+        and _is_identity_or_has(parts["ls1"], "gamma")
+        and _is_identity_or_has(parts["ls2"], "gamma")
+        and _is_identity_or_has(parts["drop_path1"], "drop_prob")
+        and _is_identity_or_has(parts["drop_path2"], "drop_prob")
     )
-
-
-def entry_norm(block: Block) -> nn.LayerNorm | None:
-    """Return norm1 for what is before the block to compute; None where the block has to run it."""
-    return block.norm1 if runs_in_parts(block) else None
+    return norm if fits else None
 
 
 def run_block(
     block: Block,
     h: Tensor,
+    norm: nn.LayerNorm | None,
     normed: Tensor | None,
     following: nn.LayerNorm | None,
     class_token_only: bool = False,
@@ -71,7 +67,8 @@ def run_block(
     Args:
         block: The block.
         h: The residual stream before it.
-        normed: ``block.norm1(h)``, or None where it is not known yet.
+        norm: ``entry_norm(block)``.
+        normed: ``norm(h)``, or None where it is not known yet.
         following: The norm that comes after the block, or None where none does.
         class_token_only: Whether only the first token is read afterwards.  What the others would
             have become is then left out where the block allows it, and N in the outputs is 1.
@@ -80,10 +77,10 @@ def run_block(
         The residual stream after the block, and ``following`` of it; None where that is None, or
         where the block has to be called as a module.
     """
-    if not runs_in_parts(block):
+    if norm is None:
         return block(h), None
     if normed is None:
-        normed = block.norm1(h)
+        normed = norm(h)
     attention = block.attn
     if class_token_only and _is_plain(attention):
         attention, h = partial(_attend_from_class_token, attention), h[:, :1]
@@ -95,20 +92,29 @@ def run_block(
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether a norm is a LayerNorm as it was made, so that another op may compute it."""
-    return isinstance(norm, nn.LayerNorm) and _untouched(norm)
+    return isinstance(norm, nn.LayerNorm) and _is_untouched(norm)
+
+
+def _is_identity_or_has(module: nn.Module, attribute: str) -> bool:
+    return (isinstance(module, nn.Identity) or hasattr(module, attribute)) and _is_untouched(module)
 
 
 def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says and nothing else."""
-    state = vars(module)
-    return (
-        not any(state[hooks] for hooks in _HOOKS)
-        and "forward" not in state
-        and module._compiled_call_impl is None
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says and nothing else, and does it here."""
+    return module._compiled_call_impl is None and _is_unhooked(module)
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
     )
 
 
@@ -167,8 +173,8 @@ def _is_plain(attention: nn.Module) -> bool:
     return (
         _class_name(attention) in _ATTENTIONS
         and type(attention.qkv) is nn.Linear
-        and _untouched(attention)
-        and _untouched(attention.qkv)
+        and _is_unhooked(attention)
+        and _is_untouched(attention.qkv)
         and all(
             isinstance(m, nn.Identity)
             or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))

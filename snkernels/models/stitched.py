@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -218,6 +218,22 @@ class StitchedViT(nn.Module):
         The least-squares weights of the stitches are frozen, as is what the caller has frozen.
         """
         yield from (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def compile_blocks(self, *, dynamic: bool | None = True, **options: Any) -> None:
+        """Compile attention and MLP of every block, in place, when each is first called.
+
+        Blocks of one anchor share what is compiled, so a route that was never run compiles nothing
+        new.  By default neither does another number of images or tokens, but for a single one.
+        What lies between attention and MLP stays the fused pass that it is.
+
+        Args:
+            dynamic: See ``torch.compile``.
+            options: Further arguments of ``torch.compile``.
+        """
+        for vit in self.anchors:
+            for block in cast(Anchor, vit).blocks:
+                block.attn.compile(dynamic=dynamic, **options)
+                block.mlp.compile(dynamic=dynamic, **options)
 
     def init_stitches(
         self,
