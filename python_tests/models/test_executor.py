@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from judge import assert_as_exact_as_torch
 from torch import Tensor, nn
 
 from snkernels.backends import use_backend
 from snkernels.kernels import native
+from snkernels.layers import StitchingLayer
 from snkernels.models.stitched import StitchedViT
 from snkernels.routing.space import Route
 
@@ -167,11 +169,33 @@ def test_equal_prefixes_run_once_and_within_the_limit(make: Make) -> None:
         assert sum(rows) == 4 * (2 + 4 + 8)
 
 
+def test_rows_that_are_gathered_are_normalised_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make((3, 3))
+    normed: list[int] = []
+    fused, apart = StitchingLayer.forward_norm, nn.LayerNorm.forward
+
+    def forward_norm(layer: StitchingLayer, x: Tensor, norm: nn.LayerNorm) -> Any:
+        normed.append(len(x))
+        return fused(layer, x, norm)
+
+    def forward(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        normed.append(len(x))
+        return apart(norm, x)
+
+    monkeypatch.setattr(StitchingLayer, "forward_norm", forward_norm)
+    monkeypatch.setattr(nn.LayerNorm, "forward", forward)
+    model(torch.randn(4, 3, 8, 8), routes="all")
+    # Two norms in each block of each image's trie, and the last one of each route.
+    assert sum(normed) == 4 * (2 * (2 + 4 + 8) + 8)
+
+
 def test_a_single_route_is_the_loop_over_its_blocks(make: Make) -> None:
     model = make((2, 4))
     rows = rows_through(model)
-    model(torch.randn(600, 3, 8, 8), stitch=2)
-    assert rows == [600] * 3
+    model(torch.randn(300, 3, 8, 8), stitch=2)
+    assert rows == [300] * 3
 
 
 def test_training_with_stochastic_depth(
@@ -199,6 +223,26 @@ def test_routes_of_a_step_are_drawn_as_steps_draw_them(make: Make) -> None:
     assert [*model.draw(3), *model.draw(5)] == [twin.sampler.draw() for _ in range(8)]
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         model.draw(0)
+
+
+def test_the_mean_loss_of_several_routes_is_the_mean_of_their_losses(
+    make: Make, run_by_hand: ByHand
+) -> None:
+    model = make((3, 3), seed=4).double().train()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 4, 2, 1])
+    ids = [1, *model.draw(3), 1]  # a route that comes twice counts twice
+    losses = []
+    for i in ids:
+        logits = run_by_hand(model, blocks_of(model.space.route(i)), images)
+        losses.append(F.cross_entropy(logits, labels))
+    expected = gradients(model, torch.stack(losses).mean())
+    logits = model(images, routes=ids)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(ids)))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    actual = gradients(model, loss)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from snkernels.routing.sampling import Draws, RouteSampler
 from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
 
 # A forward of more than a few hundred images gains nothing from more, and its memory grows.
-_MAX_ROWS = 512
+_MAX_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class StitchedViT(nn.Module):
                 every route of the model.  Ids may repeat.
             max_rows: Most images that may be under way at a time, an image counting once for each
                 of the ways it takes; at least 3.  It bounds the memory of inference and changes no
-                result.  None lets all run together up to 512, or the batch if that is more.
+                result.  None lets all run together up to 256, or the batch if that is more.
 
         Returns:
             Logits (batch, classes); with ``routes`` (routes, batch, classes).
