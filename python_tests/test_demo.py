@@ -116,7 +116,7 @@ def test_moved_digits_stay_about_where_they_were() -> None:
     assert moved.min() >= -1 - 1e-6 and moved.max() <= 1 + 1e-6
     assert torch.equal(demo.moved(torch.full_like(images, -1)), torch.full_like(images, -1))
     steps = (centre(moved) - centre(images)).abs()
-    assert 0.1 < steps.mean() < 0.5 and steps.max() < 1
+    assert 0.1 < steps.mean() < 0.75 and steps.max() < 1.5
 
 
 def centre(images: Tensor) -> Tensor:
