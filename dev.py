@@ -60,12 +60,14 @@ def main() -> None:
         )
         run(BIN / "pytest", *(arguments or ["-n", "auto"]))
     elif task == "check":
-        install("dev")
+        if not (BIN / "ruff").exists():
+            install("dev")
         run(BIN / "ruff", "format", "--check", ".")
         run(BIN / "ruff", "check", ".")
         run(BIN / "mypy")
     elif task == "hooks":
-        install("dev")
+        if not (BIN / "pre-commit").exists():
+            install("dev")
         run(BIN / "pre-commit", "install")
     else:
         sys.exit(__doc__)
