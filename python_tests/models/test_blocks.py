@@ -13,14 +13,14 @@ from snkernels.models.vit import Block, PlainViT
 MakeViT = Callable[..., PlainViT]
 
 needs_kernel = pytest.mark.skipif(native.IMPORT_ERROR is not None, reason="_C is not built")
-BACKENDS = [None, pytest.param("cpu", marks=needs_kernel)]
+BACKENDS = ["torch", pytest.param("cpu", marks=needs_kernel)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("init_values", [None, 1.0])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_blocks_in_parts_are_the_blocks(
-    make_vit: MakeViT, backend: str | None, init_values: float | None, stop: int
+    make_vit: MakeViT, backend: str, init_values: float | None, stop: int
 ) -> None:
     vit = make_vit(depth=3, init_values=init_values)
     tokens = torch.randn(4, 5, 12)
@@ -31,7 +31,7 @@ def test_blocks_in_parts_are_the_blocks(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_fused_pass_is_all_there_is_between_two_gemms(
-    make_vit: MakeViT, backend: str | None, monkeypatch: pytest.MonkeyPatch
+    make_vit: MakeViT, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vit = make_vit(depth=3)
     calls = {"fused": 0, "norm": 0}
@@ -49,7 +49,7 @@ def test_the_fused_pass_is_all_there_is_between_two_gemms(
     with use_backend(backend):
         finish(vit, torch.randn(2, 5, 12), 0)
     # norm1 of the first block has no branch before it; the last norm is that of the head.
-    assert calls == ({"fused": 6, "norm": 1} if backend else {"fused": 0, "norm": 7})
+    assert calls == ({"fused": 6, "norm": 1} if backend == "cpu" else {"fused": 0, "norm": 7})
 
 
 def gradients(vit: PlainViT, logits: Tensor) -> dict[str, Tensor]:
@@ -64,9 +64,9 @@ def gradients(vit: PlainViT, logits: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("rate", [0.0, 0.4, 0.9])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_stochastic_depth_equals_computing_and_zeroing(
-    make_vit: MakeViT, backend: str | None, rate: float, batch: int
+    make_vit: MakeViT, backend: str, rate: float, batch: int
 ) -> None:
-    dtype = torch.float32 if backend else torch.float64
+    dtype = torch.float32 if backend == "cpu" else torch.float64
     vit = make_vit(depth=4, drop_path_rate=rate).to(dtype).train()
     images = torch.randn(batch, 3, 8, 8, dtype=dtype)
     for seed in range(4):
