@@ -49,7 +49,7 @@ def project(dtype: torch.dtype, precision: str, out_features: int) -> Config:
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
     block_k = 128 // dtype.itemsize
     if out_features <= 64:  # the low-rank intermediates, which take less of a chip
-        return _tiles(64, _block(out_features, 64), block_k, num_warps=4, num_stages=3)
+        return _tiles(64, _block(out_features, 64), block_k, num_warps=8, num_stages=3)
     return _tiles(128, 128, block_k, num_warps=8, num_stages=3)
 
 
@@ -67,11 +67,11 @@ def rows_fit(dtype: torch.dtype, out_features: int) -> bool:
 
 
 @_overridable
-def outer(dtype: torch.dtype, precision: str, width: int, wide: bool) -> Config:
-    """For ``stitch._outer_kernel``; ``wide`` if its right operand must be split."""
+def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
+    """For ``stitch._outer_kernel``; ``width`` is that of its right operand."""
     if dtype == torch.float32 and precision == "ieee":
-        return _outer(16, 64, _block(width, 64), num_warps=8)
-    return _outer(128 // dtype.itemsize, 128, _block(width, 64 if wide else 128), num_warps=8)
+        return _outer(16, 64, width)
+    return _outer(128 // dtype.itemsize, 128, width)
 
 
 @_overridable
@@ -82,14 +82,10 @@ def sum_rows() -> Config:
 
 @_overridable
 def layer_norm(features: int) -> Config:
-    """For ``stitch_layer_norm._layer_norm_kernel``."""
-    return _rows(features, 4096)
-
-
-@_overridable
-def layer_norm_backward(features: int) -> Config:
-    """For ``stitch_layer_norm._layer_norm_backward_kernel``."""
-    return _rows(features, 2048)
+    """For both kernels of ``stitch_layer_norm`` that take rows of y as they are."""
+    block_n = _block(features, 1 << 30)
+    warps = min(16, max(4, block_n // 512))
+    return {"BLOCK_M": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": warps}
 
 
 def _block(size: int, largest: int) -> int:
@@ -102,13 +98,7 @@ def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 16, **options}
 
 
-def _outer(block_m: int, block_p: int, block_q: int, **options: int) -> Config:
-    blocks = {"BLOCK_M": block_m, "BLOCK_P": block_p, "BLOCK_Q": block_q}
-    return {**blocks, **options, "num_stages": 3}
-
-
-def _rows(features: int, values: int) -> Config:
-    """Whole rows, as many as make up ``values`` for 4 warps; wide rows get more warps."""
-    block_n = _block(features, 1 << 30)
-    warps = min(16, max(4, 4 * block_n // values))
-    return {"BLOCK_M": max(1, values // block_n), "BLOCK_N": block_n, "num_warps": warps}
+def _outer(block_m: int, block_p: int, width: int) -> Config:
+    # Tiles twice as wide lose asynchronous wgmma under Triton 3.6.
+    blocks = {"BLOCK_M": block_m, "BLOCK_P": block_p, "BLOCK_Q": _block(width, 64)}
+    return {**blocks, "num_warps": 8, "num_stages": 3}

@@ -71,7 +71,7 @@ def project_tiles(
                 b = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(p_x.dtype.element_ty)
                 sums += (dot_wide_left(tiles[i], low, b, PRECISION),)
             tiles = sums
-            p_low += BLOCK_R
+            p_low += tl.cast(BLOCK_R, tl.int64)
             p_b += step_b
 
     if p_bias is not None:

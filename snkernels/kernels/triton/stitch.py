@@ -186,7 +186,7 @@ def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = Fa
     (rows, height), width = left.shape, right.shape[1]
     shape = (width, height) if transposed else (height, width)
     precision = dot_precision(left.dtype)
-    config = configs.outer(left.dtype, precision, width, right.dtype == torch.float32)
+    config = configs.outer(left.dtype, precision, width)
     tiles = triton.cdiv(height, config["BLOCK_P"]) * triton.cdiv(width, config["BLOCK_Q"])
     chunks = max(1, min(256 // tiles, rows // (2 * config["BLOCK_M"])))
     partial = torch.empty((chunks, *shape), dtype=torch.float32, device=left.device)

@@ -86,36 +86,38 @@ def _row_kernel(
     )
     dtype = p_y.dtype.element_ty
     m_m = o_m[:, None] < M
-    p_y += o_m[:, None] * N + o_n[None, :]
-    p_normed += o_m[:, None] * N + o_n[None, :]
+    p_y += o_m[:, None] * N
+    p_normed += o_m[:, None] * N
     y = ()
     total = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(TILES):
+        columns = o_n + i * BLOCK_N
         y += (tiles[i].to(dtype),)
-        # Columns past the last are zero.
+        # Columns past the last hold zeros: weight and bias are zero there.
         total += tl.sum(y[i].to(tl.float32), 1)
-        tl.store(p_y + i * BLOCK_N, y[i], mask=m_m & (o_n[None, :] < N - i * BLOCK_N))
+        tl.store(p_y + columns[None, :], y[i], mask=m_m & (columns[None, :] < N))
     mean = total / N
     squares = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(TILES):
         centred = y[i].to(tl.float32) - mean[:, None]
-        squares += tl.sum(tl.where(o_n[None, :] < N - i * BLOCK_N, centred * centred, 0.0), 1)
+        squares += tl.sum(tl.where(o_n[None, :] + i * BLOCK_N < N, centred * centred, 0.0), 1)
     rstd = tl.rsqrt(squares / N + eps)
     tl.store(p_mean + o_m, mean, mask=o_m < M)
     tl.store(p_rstd + o_m, rstd, mask=o_m < M)
     for i in tl.static_range(TILES):
-        m_n = o_n < N - i * BLOCK_N
+        columns = o_n + i * BLOCK_N
         normed = (y[i].to(tl.float32) - mean[:, None]) * rstd[:, None]
-        normed = _affine(normed, p_gamma, p_beta, i * BLOCK_N + o_n, m_n, stride_gamma, stride_beta)
-        tl.store(p_normed + i * BLOCK_N, normed.to(dtype), mask=m_m & m_n[None, :])
+        normed = _affine(normed, p_gamma, p_beta, columns, N, stride_gamma, stride_beta)
+        mask = m_m & (columns[None, :] < N)
+        tl.store(p_normed + columns[None, :], normed.to(dtype), mask=mask)
 
 
 @triton.jit
-def _affine(normed, p_gamma, p_beta, o_n, m_n, stride_gamma, stride_beta):
+def _affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta):
     if p_gamma is not None:
-        normed *= tl.load(p_gamma + o_n * stride_gamma, mask=m_n).to(tl.float32)[None, :]
+        normed *= tl.load(p_gamma + o_n * stride_gamma, mask=o_n < N).to(tl.float32)[None, :]
     if p_beta is not None:
-        normed += tl.load(p_beta + o_n * stride_beta, mask=m_n).to(tl.float32)[None, :]
+        normed += tl.load(p_beta + o_n * stride_beta, mask=o_n < N).to(tl.float32)[None, :]
     return normed
 
 
@@ -137,7 +139,7 @@ def _layer_norm_kernel(
 ):
     """LN(y) and its statistics, BLOCK_M whole rows in registers."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     m_n = o_n < N
     mask = (o_m[:, None] < M) & m_n[None, :]
     tile = o_m[:, None] * N + o_n[None, :]
@@ -146,7 +148,7 @@ def _layer_norm_kernel(
     centred = tl.where(m_n[None, :], y - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
     normed = centred * rstd[:, None]
-    normed = _affine(normed, p_gamma, p_beta, o_n, m_n, stride_gamma, stride_beta)
+    normed = _affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta)
     tl.store(p_normed + tile, normed.to(p_normed.dtype.element_ty), mask=mask)
     tl.store(p_mean + o_m, mean, mask=o_m < M)
     tl.store(p_rstd + o_m, rstd, mask=o_m < M)
@@ -209,10 +211,9 @@ def _layer_norm_backward_kernel(
         grad_gamma += tl.sum(grad_normed * normalized, 0)
         grad_beta += tl.sum(grad_normed, 0)
         grad_bias += tl.sum(tl.where(mask, grad, 0.0), 0)
-    p_partial += pid * 3 * N + o_n
-    tl.store(p_partial, grad_gamma, mask=m_n)
-    tl.store(p_partial + N, grad_beta, mask=m_n)
-    tl.store(p_partial + 2 * N, grad_bias, mask=m_n)
+    tl.store(p_partial + pid * 3 * N + o_n, grad_gamma, mask=m_n)
+    tl.store(p_partial + (pid * 3 + 1) * N + o_n, grad_beta, mask=m_n)
+    tl.store(p_partial + (pid * 3 + 2) * N + o_n, grad_bias, mask=m_n)
 
 
 def stitch_layer_norm_forward(
@@ -300,7 +301,7 @@ def stitch_layer_norm_backward(
 ) -> list[Tensor]:
     """See ``stitch_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
     rows, features = y.shape
-    config = configs.layer_norm_backward(features)
+    config = configs.layer_norm(features)
     chunks = max(1, min(512, rows // config["BLOCK_M"]))
     grad = torch.empty((rows, features), dtype=y.dtype, device=y.device)
     partial = torch.empty((chunks, 3, features), dtype=torch.float32, device=y.device)
