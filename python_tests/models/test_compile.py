@@ -2,16 +2,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from snkernels.backends import use_backend
+from snkernels.kernels import native
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
 
+needs_kernel = pytest.mark.skipif(native.IMPORT_ERROR is not None, reason="_C is not built")
 
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_kernel)])
 @pytest.mark.parametrize("training", [False, True])
 def test_no_route_compiles_anew(
-    make_vit: Callable[..., PlainViT], randomise: Callable[[nn.Module], None], training: bool
+    make_vit: Callable[..., PlainViT],
+    randomise: Callable[[nn.Module], None],
+    training: bool,
+    backend: str,
 ) -> None:
     rate = {"drop_path_rate": 0.3}
     model = StitchedViT(make_vit(depth=2, **rate), make_vit(depth=4, embed_dim=24, **rate), 2)
@@ -20,23 +28,25 @@ def test_no_route_compiles_anew(
     images = torch.randn(20, 3, 8, 8)
     ids = [route.id for route in model.routes]
 
-    def run(images: torch.Tensor) -> list[torch.Tensor]:
+    def run(images: Tensor) -> list[Tensor]:
         torch.manual_seed(0)
-        with torch.set_grad_enabled(training):
-            return [model(images, stitch=i) for i in ids] + [model(images, routes="all")]
+        return [model(images, stitch=i) for i in ids] + [model(images, routes="all")]
 
-    expected = run(images)
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.compile_blocks(backend=counter)
-    with torch.set_grad_enabled(training):
+    with use_backend(backend), torch.set_grad_enabled(training):
+        expected = run(images)
+        torch.compiler.reset()
+        counter = CompileCounter()
+        model.compile_blocks(backend=counter)
         model(images, stitch=0)
         model(images, stitch=1)
+        compiled = counter.frame_count
         # For each width: attention, the MLP of all tokens, the last MLP of the class token alone.
-        assert counter.frame_count == 6
+        # Where stochastic depth takes samples out of what the kernel made, which is a view, the
+        # MLP is compiled for what is a view and for what is none.
+        assert compiled == 6 or (training and backend == "cpu" and compiled <= 8)
         for actual, want in zip(run(images), expected, strict=True):
             torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-5)
         run(images[:17])
         model(images, stitch=[ids[i % 2] for i in range(20)])
-    assert counter.frame_count == 6
+    assert counter.frame_count == compiled
     torch.compiler.reset()
