@@ -124,6 +124,7 @@ def test_ctas_per_sm(warps: int, registers: int, shared: int, expected: int) -> 
     assert report.CHIPS[90].ctas_per_sm(warps, registers, shared) == expected
 
 
-def test_the_interpreter_compiles_nothing() -> None:
+def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.knobs.runtime, "interpret", True)
     with pytest.raises(SystemExit):
         report.main(["--few"])

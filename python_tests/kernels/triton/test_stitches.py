@@ -19,6 +19,7 @@ from torch import Tensor
 
 from snkernels.backends import use_backend
 from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.stitch import low_rank, project, stitch_backward
 
 MIDDLE = Shape(50, 100, 200, 20)
 WHOLE_ROWS = Shape(50, 40, 384, 4)
@@ -68,18 +69,25 @@ def test_many_tiles_and_chunks(op: Op, dtype: torch.dtype) -> None:
         judge(op, make(op, Shape(103, 35, 41, 37), dtype))
 
 
-def test_low_rank_part_beyond_the_range_of_fp16(op: Op) -> None:
-    """Neither x Aᵀ, which is up to 2e5 here, nor the tiny grad · B fits into an fp16."""
-    tensors = make(op, MIDDLE, torch.float16, torch.float32)
-    large = tensors | {
-        "lora_A": (tensors["lora_A"] * 2.0**15).half().float(),
-        "lora_B": (tensors["lora_B"] * 2.0**-14).half().float(),
-    }
-    assert (large["x"].float() @ large["lora_A"].t()).abs().max() > 65504
-    actual, exact = run(op.call, large), run(op.eager, large, dtype=torch.float64)
-    for name in ("output 0", "grad of lora_A", "grad of lora_B"):
-        relative = error(actual[name], exact[name]) / exact[name].square().mean().sqrt().item()
-        assert relative < torch.finfo(torch.float16).eps, name
+@pytest.mark.usefixtures("right_bf16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_rank_intermediates_are_never_rounded_to_half(dtype: torch.dtype) -> None:
+    """Seen in fp32 results. Here x Aᵀ is too large for fp16, and grad · B too small."""
+    x, grad = (torch.randn(50, 100) * 16).to(dtype), (torch.randn(50, 200) * 2**-10).to(dtype)
+    lora_A = (torch.randn(20, 100) * 2**10).to(dtype).float()
+    lora_B = (torch.randn(200, 20) * 2**-12).to(dtype).float()
+    weight = torch.zeros(200, 100, dtype=dtype)
+    low, low_grad = x.double() @ lora_A.double().t(), grad.double() @ lora_B.double()
+    assert low.abs().max() > 65504
+    assert low_grad.abs().max() < 2**-14
+    exact = low @ lora_B.double().t(), low_grad.t() @ x.double(), grad.double().t() @ low
+
+    y = torch.empty(50, 200)
+    project(x, weight, y, None, low_rank(x, lora_A, 1.0), lora_B)
+    needs = [False, False, False, True, True]
+    grads = stitch_backward(grad, x, weight, None, lora_A, lora_B, 1.0, needs)
+    for name, actual, expected in zip("yAB", (y, *grads), exact, strict=True):
+        assert error(actual, expected) < 2**-16 * expected.square().mean().sqrt().item(), name
 
 
 @pytest.mark.parametrize("shape", [MIDDLE, TOO_WIDE_FOR_WHOLE_ROWS], ids=str)
