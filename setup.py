@@ -26,6 +26,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            # An earlier build in this folder may remember tools of an environment that is gone.
+            "--fresh",
             str(ROOT),
             "-GNinja",
             "-DCMAKE_BUILD_TYPE=Release",

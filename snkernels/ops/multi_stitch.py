@@ -80,8 +80,8 @@ def _groups(
     offsets = group_offsets.tolist()
     for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if start < stop:
-            own = tensors[i * TENSORS : (i + 1) * TENSORS]
-            yield i, slice(start, stop), StitchGroup(*own, scalings[i])
+            own = (*tensors[i * TENSORS : (i + 1) * TENSORS], scalings[i])
+            yield i, slice(start, stop), StitchGroup._make(own)
 
 
 def _identity(
@@ -246,7 +246,7 @@ class _MultiStitch(torch.autograd.Function):
             grad_normed = None  # compiled code hands in zeros, of the empty output
         if grad_y is None and grad_normed is None:
             return (None,) * len(ctx.needs_input_grad)
-        need_x, *need_tensors = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
+        need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         present = _present(group_offsets)
         used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
         needs = [need_x]
@@ -285,7 +285,7 @@ def _multi_stitch(
     for i, group in enumerate(groups):
         try:
             if group.weight is not None:
-                check_stitch(x, *group[:4], group.scaling)
+                check_stitch(x, group.weight, group.bias, group.lora_A, group.lora_B, group.scaling)
             elif any(tensor is not None for tensor in group[1:4]):
                 raise ValueError("weight must be given where bias, lora_A or lora_B is")
             check_tensor("norm_weight", group.norm_weight, x, (out_features,))
