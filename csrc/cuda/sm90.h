@@ -1,5 +1,5 @@
 // Hopper's own instructions (sm_90a) as functions: barriers in shared memory, clusters, the tensor
-// copy engine, register reallocation. PTX ISA 8.0 names each.
+// copy engine, register reallocation. The PTX ISA (8.1) describes each.
 #pragma once
 
 #include <cuda.h>

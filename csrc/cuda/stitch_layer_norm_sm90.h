@@ -1,4 +1,5 @@
-// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) as one kernel for Hopper (sm_90a). Never run yet.
+// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) as one kernel for Hopper (sm_90a). It has never run on a GPU,
+// only on the stand-in machine of python_tests/kernels/hopper.
 //
 // A cluster of CTAs shares a band of 128 rows: each CTA computes all of these rows for one slice of
 // the columns, and the cluster takes band after band. In a CTA,
@@ -9,10 +10,11 @@
 // The low-rank part is one more step of the same accumulator, against B. s · low is never rounded
 // to half: it is split into a sum of two halves, and both are multiplied. As an accumulator's
 // fragment is an operand's fragment, it does not leave the registers for that.
+//
 // The epilogue adds the bias, rounds y, and takes mean and M2 = Σ (y − mean)² of the slice's
-// columns in two passes over registers; every CTA sends these to all CTAs of the cluster, stores y
-// meanwhile, merges all slices' statistics in the same order (Chan et al. 1979: M2 = Σ M2ᵢ + nᵢ (meanᵢ − mean)²), and stores LN(y).
-// Meanwhile the producer already loads the next band.
+// columns in two passes over registers. Every CTA sends these to all CTAs of the cluster, stores y
+// meanwhile, and merges all slices in the same order, M2 = Σ M2ᵢ + nᵢ (meanᵢ − mean)² (Chan et al.
+// 1979), to store LN(y). All the while the producer loads the next band.
 #pragma once
 
 #include "cuda/number.h"

@@ -9,7 +9,8 @@
 
 namespace snk::cuda {
 
-// A contiguous half-precision matrix whose rows begin at multiples of 16 bytes, read in tiles of `tile_rows` × 64, 128-byte swizzled. Outside the matrix a tile is zero.
+// A contiguous half-precision matrix whose rows begin at multiples of 16 bytes, read in tiles of
+// `tile_rows` × 64, 128-byte swizzled. Outside the matrix a tile is zero.
 //
 // The encoder belongs to the driver. It is asked for at run time, because a module that links
 // libcuda does not load where there is no driver.
