@@ -9,6 +9,7 @@ from snkernels.kernels import native
 from snkernels.models import blocks
 from snkernels.models.anchors import embed, finish, run_blocks
 from snkernels.models.vit import Block, PlainViT
+from snkernels.ops.library import OFFERED
 
 MakeViT = Callable[..., PlainViT]
 
@@ -50,6 +51,16 @@ def test_the_fused_pass_is_all_there_is_between_two_gemms(
         finish(vit, torch.randn(2, 5, 12), 0)
     # norm1 of the first block has no branch before it; the last norm is that of the head.
     assert calls == ({"fused": 6, "norm": 1} if backend == "cpu" else {"fused": 0, "norm": 7})
+
+
+def test_a_forced_backend_without_the_fused_pass_does_not_stop_a_block(
+    make_vit: MakeViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit = make_vit()
+    tokens = torch.randn(2, 5, 12)
+    monkeypatch.setitem(OFFERED, "residual_layer_norm", ("torch",))
+    with use_backend("cpu"):
+        torch.testing.assert_close(run_blocks(vit, tokens, 0, 2), vit.blocks(tokens))
 
 
 def gradients(vit: PlainViT, logits: Tensor) -> dict[str, Tensor]:

@@ -133,13 +133,14 @@ def test_half_precision_is_as_exact_as_each_route_alone(
     assert_as_exact_as_torch("mixed batch", mixed, eager[at], exact[at])
 
 
-def test_autocast(make: Make, run_by_hand: ByHand) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(make: Make, run_by_hand: ByHand, backend: str) -> None:
     """Rows that have crossed a stitch are half there, those that have not are not."""
     model = make((3, 5))
     images = torch.randn(4, 3, 8, 8)
     exact = alone(run_by_hand, model.double(), images.double(), ids_of(model))
     model.float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
         eager = alone(run_by_hand, model, images, ids_of(model))
         actual = model(images, routes="all")
     assert actual.dtype == eager.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snkernels.backends import choose
+from snkernels.backends import choose, forced_backend
 from snkernels.ops import residual_layer_norm
 from snkernels.ops.library import OFFERED
 
@@ -123,8 +123,9 @@ def _branch(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the branch of every sample, and what stochastic depth multiplies it by.
 
-    The mask is drawn as DropPath draws it: the same generator gives the same mask.  In CPU memory
-    only samples that are kept go through the module; a GPU would have to wait for their number.
+    The mask is drawn as DropPath draws it, so the same generator gives the same mask; but before
+    the branch, which matters where that draws too (dropout).  In CPU memory only samples that are
+    kept go through the module; a GPU would have to wait for their number.
     """
     rate = getattr(drop_path, "drop_prob", 0.0)
     if rate == 0.0 or not drop_path.training:
@@ -164,6 +165,9 @@ def _add(
 
 def _has_kernel(x: Tensor) -> bool:
     op = "residual_layer_norm"
+    # A backend that a user forces for the stitches need not have this op.
+    if forced_backend() not in (None, *OFFERED[op]):
+        return False
     return choose(op, OFFERED[op], x.device.type, x.dtype).backend != "torch"
 
 
