@@ -40,7 +40,12 @@ def test_the_same_seed_gives_the_same_files(
     torch.manual_seed(5)
     expected = torch.randn(1)
     torch.manual_seed(5)
-    again, _ = run(tmp_path / "again")
+    torch.set_num_threads(2)
+    try:
+        again, _ = run(tmp_path / "again")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert torch.equal(torch.randn(1), expected)
     assert again.scores == result.scores
     for name in (demo.TABLE, demo.CSV):
