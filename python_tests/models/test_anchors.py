@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -143,6 +144,12 @@ def test_images_of_another_shape_are_refused(make_vit: MakeViT, shape: tuple[int
     check_images(make_vit(), torch.zeros(0, 3, 8, 8))
     with pytest.raises(ValueError, match=r"shape \(batch, 3, 8, 8\), got \(\d"):
         check_images(make_vit(), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("images", [[1.0], np.zeros((2, 3, 8, 8), np.float32), None])
+def test_images_must_be_a_tensor(make_vit: MakeViT, images: Any) -> None:
+    with pytest.raises(TypeError, match=f"images must be a tensor, got {type(images).__name__}"):
+        check_images(make_vit(), images)
 
 
 def test_images_must_be_floats(make_vit: MakeViT) -> None:

@@ -1,7 +1,9 @@
 import argparse
+import json
 import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,21 @@ def test_heads_can_be_given() -> None:
     assert [vit.blocks[0].attn.num_heads for vit in model.anchors] == [3, 2]
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "error", "message"),
+    [
+        (2, TypeError, "num_heads must be two integers, got 2"),
+        ((1.0, 2.0), TypeError, r"num_heads must be two integers, got \(1\.0, 2\.0\)"),
+        ((2,), ValueError, "num_heads must be two integers, got 1"),
+        ((), ValueError, "num_heads must be two integers, got 0"),
+        ((3, 2), ValueError, "multiple of num_heads, got 64 and 3"),
+    ],
+)
+def test_heads_must_be_two_that_fit(num_heads: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        StitchedViT.from_snnetv2(official_state((2, 2)), num_heads)
+
+
 def test_the_official_layout_comes_back_bit_for_bit() -> None:
     state = official_state((2, 4))
     back = StitchedViT.from_snnetv2(state).to_snnetv2()
@@ -300,6 +317,33 @@ def put(**tensors: Tensor) -> Callable[[State], Any]:
             r"anchors\.0\.norm\.weight must have shape \(64,\), got \(65,\)",
         ),
         (put(anchors__0__pos_embed=torch.zeros(1, 5, 64)), "square grid, got 5 patches"),
+        (put(anchors__0__pos_embed=torch.zeros(())), r"0\.pos_embed must have 3 dim.* shape \(\)"),
+        (put(anchors__1__pos_embed=torch.zeros(4, 128)), r"1\.pos_embed must have 3 .*\(4, 128\)"),
+        (put(anchors__0__head__weight=torch.zeros(())), r"0\.head\.weight must have 2 dimensions"),
+        (
+            put(anchors__1__blocks__0__mlp__fc1__weight=torch.zeros(())),
+            r"1\.blocks\.0\.mlp\.fc1\.weight must have 2 dimensions",
+        ),
+        (
+            put(anchors__0__patch_embed__proj__weight=torch.zeros(64, 48)),
+            r"0\.patch_embed\.proj\.weight must have 4 dimensions",
+        ),
+        (
+            put(anchors__0__patch_embed__proj__weight=torch.zeros(0, 3, 4, 4)),
+            r"0\.patch_embed\.proj\.weight must have 4 dimensions, none of them 0",
+        ),
+        (
+            put(stitch_layers__0__0__transform__lora_A=torch.zeros(())),
+            r"0\.0\.transform\.lora_A must have 2 dimensions",
+        ),
+        (
+            put(anchors__0__blocks__1000000000__norm1__weight=torch.zeros(64)),
+            r"blocks of anchors\.0 must be numbered without gaps, got 1000000000 but not 2$",
+        ),
+        (
+            put(anchors__0__norm__weight=torch.ones(64, dtype=torch.int64)),
+            r"anchors\.0\.norm\.weight must be floating point, got torch\.int64",
+        ),
     ],
 )
 def test_damaged_official_state_is_named(
@@ -430,9 +474,77 @@ def other_depth(path: Path, make: Make) -> None:
     StitchedViT(model.small, large, rank=3).save(path)
 
 
+def integers(path: Path, make: Make) -> None:
+    tensors, config = checkpoint.read(path)
+    tensors["anchors.0.norm.weight"] = tensors["anchors.0.norm.weight"].long()
+    checkpoint.write(path, tensors, config)
+
+
+def without_config(path: Path, make: Make) -> None:
+    metadata = {"format": checkpoint._FORMAT}
+    checkpoint.save_file(checkpoint.read(path)[0], path, metadata)
+
+
+def half_a_config(path: Path, make: Make) -> None:
+    tensors, config = checkpoint.read(path)
+    metadata = {"format": checkpoint._FORMAT, "config": json.dumps(config)[:-9]}
+    checkpoint.save_file(tensors, path, metadata)
+
+
+_MISSING = object()
+
+
+def config_with(*where: str | int, value: Any) -> Callable[[Path, Make], None]:
+    """Return a damage that puts ``value`` into the config of a file, in place of what is there."""
+
+    def damage(path: Path, make: Make) -> None:
+        tensors, config = checkpoint.read(path)
+        at: Any = {"": config}
+        for key in (keys := ["", *where])[:-1]:
+            at = at[key]
+        if value is _MISSING:
+            del at[keys[-1]]
+        else:
+            at[keys[-1]] = value
+        checkpoint.write(path, tensors, config if where else at[""])
+
+    return damage
+
+
+def sampling(path: Path, make: Make, **options: Any) -> None:
+    make(**options).save(path)
+
+
+BAD_CONFIGS = [
+    (integers, r"0\.norm\.weight must be floating point, got torch\.int64"),
+    (without_config, "holds no config in JSON"),
+    (half_a_config, "holds no config in JSON"),
+    (config_with(value=[]), r"the config of .* must be dict, got \[\]"),
+    (config_with("anchors", value=_MISSING), "the config of .* lacks 'anchors'"),
+    (config_with("anchors", value=3), "'anchors' in .* must be list, got 3"),
+    (config_with("anchors", value=[]), "'anchors' in .* must hold 2 items, got 0"),
+    (config_with("anchors", value=[1, 2]), "item 0 of 'anchors' .* must be dict, got 1"),
+    (config_with("anchors", 1, "act", value=_MISSING), "item 1 of 'anchors' .* lacks 'act'"),
+    (config_with("anchors", 0, "num_heads", value=3), "'num_heads' in item 0 .* must be list"),
+    (config_with("anchors", 0, "norm_eps", value=["a"]), r"'norm_eps' .* must be int \| float"),
+    (config_with("anchors", 0, "arguments", value=[8]), r"must be dict \| None, got \[8\]"),
+    (config_with("rank", value=None), "'rank' in .* must be int, got None"),
+    (config_with("sampler", value=_MISSING), "lacks 'sampler'"),
+    (config_with("sampler", value={"seed": 0}), "'sampler' in .* lacks 'draws'"),
+    (config_with("sampler", "draws", value=-1), "draws must be zero or more, got -1"),
+    (config_with("sampling", value=_MISSING), "lacks 'sampling'"),
+    (config_with("sampling", "gap", value="1"), "'gap' in 'sampling' .* got '1'"),
+    (config_with("notes", value=[]), r"'notes' in .* must be dict, got \[\]"),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *BAD_CONFIGS,
+        (partial(sampling, gap=1.0), r"gap of its sampling is 1\.0, here it is None"),
+        (partial(sampling, tilt=True), "tilt of its sampling is True, here it is False"),
+        (partial(sampling, draws="shared"), "draws of its sampling is 'shared', here it is 'own'"),
         (truncated, "model.safetensors is truncated or no safetensors file"),
         (text, "model.safetensors is truncated or no safetensors file"),
         (foreign, "is no checkpoint of ours: .* got None"),
@@ -450,10 +562,53 @@ def test_a_bad_file_leaves_the_model_as_it_was(
     model = make()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sampler = model.sampler.state_dict()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         model.restore(path)
+    assert str(path) in str(refusal.value)
     assert_equal_states(model.state_dict(), before)
     assert model.sampler.state_dict() == sampler
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *BAD_CONFIGS,
+        (config_with("anchors", 0, "arguments", "width", value=3), "argument 'width'"),
+        (config_with("anchors", 0, "arguments", "embed_dim", value="12"), "no model can have"),
+        (config_with("anchors", 0, "arguments", "mlp_ratio", value=float("inf")), "infinity"),
+        (config_with("anchors", 1, "arguments", "num_heads", value=5), "multiple of num_heads"),
+        (config_with("rank", value=-1), "no model can have: .*rank"),
+        (config_with("sampling", "gap", value=float("nan")), "gap must be zero or more"),
+        (config_with("sampling", "draws", value="none"), "draws must be one of"),
+    ],
+)
+def test_no_model_is_built_from_a_bad_file(
+    make: Make, tmp_path: Path, damage: Callable[[Path, Make], None], message: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    make().save(path)
+    damage(path, make)
+    with pytest.raises(ValueError, match=message) as refusal:
+        StitchedViT.load(path)
+    assert str(path) in str(refusal.value)
+
+
+def test_a_bad_file_leaves_given_anchors_as_they_were(make: Make, tmp_path: Path) -> None:
+    path, other = tmp_path / "model.safetensors", make()
+    make().double().save(path)
+    integers(path, make)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must be floating point"):
+        StitchedViT.load(path, (other.small, other.large))
+    assert_equal_states(other.state_dict(), before)
+    with pytest.raises(TypeError, match=r"large \(Linear\) must be a plain ViT"):
+        StitchedViT.load(path, (other.small, nn.Linear(2, 2)))
+
+
+def test_a_folder_is_no_checkpoint(make: Make, tmp_path: Path) -> None:
+    for read in (StitchedViT.load, make().restore):
+        with pytest.raises(IsADirectoryError, match="is a folder; name the file in it"):
+            read(tmp_path)
 
 
 def test_reading_a_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_a_refused_call_draws_nothing(make: Make) -> None:
     assert model.last_route is None
 
 
+def test_checking_images_breaks_no_graph(make: Make) -> None:
+    model, images = make(), torch.full((2, 3, 8, 8), torch.nan)
+    torch.compiler.reset()
+    torch.compile(model._check_batch, fullgraph=True, backend="eager")(images)
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match="images must be finite"):
+        model(images)
+
+
 def test_anchors_that_do_not_fit_are_refused(make_vit: Callable[..., PlainViT]) -> None:
     with pytest.raises(ValueError, match="agree in classes, got 5 and 6"):
         StitchedViT(make_vit(), make_vit(num_classes=6))
@@ -293,6 +302,12 @@ def test_bad_images_leave_the_stitches_as_they_were(
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_init_needs_a_positive_batch_size(make: Make, size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+        make().init_stitches(torch.randn(4, 3, 8, 8), batch_size=size)
 
 
 def tiny_pair() -> tuple[PlainViT, PlainViT]:

@@ -104,9 +104,11 @@ def check_images(vit: Anchor, images: Tensor) -> None:
     """Check that ``images`` is what ``vit`` embeds: floats (B, channels, height, width).
 
     Raises:
-        TypeError: If it holds no floats.
-        ValueError: If it is not; the message gives both shapes.
+        TypeError: If it is no tensor of floats.
+        ValueError: If it has another shape; the message gives both.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}")
     patch_embed = vit.patch_embed
@@ -224,13 +226,13 @@ def _chain(
 
 
 def readout_parameters(vit: Anchor) -> Iterator[nn.Parameter]:
-    """Yield the parameters that ``readout`` uses."""
+    """Yield the parameters that ``finish`` uses after the blocks."""
     for name in ("norm", "fc_norm", "head"):
         if hasattr(vit, name):
             yield from getattr(vit, name).parameters()
 
 
 def embed_parameters(vit: Anchor) -> Iterator[nn.Parameter]:
-    """Yield the parameters that ``embed`` uses: all that neither blocks nor readout use."""
+    """Yield the parameters that ``embed`` uses: all that ``finish`` never uses."""
     others = {id(p) for p in vit.blocks.parameters()} | {id(p) for p in readout_parameters(vit)}
     yield from (p for p in vit.parameters() if id(p) not in others)

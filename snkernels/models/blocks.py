@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snkernels.backends import choose, forced_backend
+from snkernels.backends import choose
+from snkernels.layers import is_layer_norm
 from snkernels.ops import residual_layer_norm
 from snkernels.ops.library import OFFERED
 
@@ -25,6 +26,12 @@ Block: TypeAlias = Any
 
 # Classes whose forward is known to be what is done here part by part.
 _BLOCKS = {"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"}
+_LAYER_SCALES = {
+    "snkernels.models.vit.LayerScale",
+    "timm.layers.layer_scale.LayerScale",
+    "timm.models.vision_transformer.LayerScale",
+}
+_DROP_PATHS = {"snkernels.models.vit.DropPath", "timm.layers.drop.DropPath"}
 _ATTENTIONS = {
     "snkernels.models.vit.Attention",
     "timm.layers.attention.Attention",
@@ -46,10 +53,10 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
         and _is_untouched(block)
         and is_plain_norm(norm)
         and is_plain_norm(parts["norm2"])
-        and _is_identity_or_has(parts["ls1"], "gamma")
-        and _is_identity_or_has(parts["ls2"], "gamma")
-        and _is_identity_or_has(parts["drop_path1"], "drop_prob")
-        and _is_identity_or_has(parts["drop_path2"], "drop_prob")
+        and _is_identity_or_in(parts["ls1"], _LAYER_SCALES)
+        and _is_identity_or_in(parts["ls2"], _LAYER_SCALES)
+        and _is_identity_or_in(parts["drop_path1"], _DROP_PATHS)
+        and _is_identity_or_in(parts["drop_path2"], _DROP_PATHS)
     )
     return norm if fits else None
 
@@ -81,22 +88,25 @@ def run_block(
         return block(h), None
     if normed is None:
         normed = norm(h)
-    attention = block.attn
+    attention, mlp = block.attn, block.mlp
     if class_token_only and _is_plain(attention):
+        # Called as what it was before it was compiled, which for one token it would be anew.
+        mlp = mlp._call_impl
         attention, h = partial(_attend_from_class_token, attention), h[:, :1]
     branch, scale = _branch(attention, normed, block.drop_path1)
     h, normed = _add(h, branch, block.ls1, scale, block.norm2)
-    branch, scale = _branch(block.mlp, normed, block.drop_path2)
+    branch, scale = _branch(mlp, normed, block.drop_path2)
     return _add(h, branch, block.ls2, scale, following)
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether a norm is a LayerNorm as it was made, so that another op may compute it."""
-    return isinstance(norm, nn.LayerNorm) and _is_untouched(norm)
+    return is_layer_norm(norm) and _is_untouched(norm)
 
 
-def _is_identity_or_has(module: nn.Module, attribute: str) -> bool:
-    return (isinstance(module, nn.Identity) or hasattr(module, attribute)) and _is_untouched(module)
+def _is_identity_or_in(module: nn.Module, classes: set[str]) -> bool:
+    known = type(module) is nn.Identity or _class_name(module) in classes
+    return known and _is_untouched(module)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -165,9 +175,6 @@ def _add(
 
 def _has_kernel(x: Tensor) -> bool:
     op = "residual_layer_norm"
-    # A backend that a user forces for the stitches need not have this op.
-    if forced_backend() not in (None, *OFFERED[op]):
-        return False
     return choose(op, OFFERED[op], x.device.type, x.dtype).backend != "torch"
 
 

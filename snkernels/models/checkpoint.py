@@ -12,7 +12,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FORMAT = "snkernels.StitchedViT/1"
+
+# What the config must hold, for `_check`.
+_ANCHOR = {
+    "class": str,
+    "img_size": [int],
+    "patch_size": int,
+    "num_heads": [int],
+    "norm_eps": [int | float],
+    "act": str,
+    "global_pool": str,
+    "arguments": dict | None,
+}
+_CONFIG = {
+    "anchors": (_ANCHOR, _ANCHOR),
+    "rank": int,
+    "sampling": {"gap": int | float | None, "tilt": int, "draws": str},
+    "sampler": {"seed": int, "draws": int},
+    "notes": dict,
+}
 
 # One entry per parameter name of an official anchor that is ours under another name.
 _TO_OURS = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
@@ -64,8 +84,11 @@ def read_snnetv2(
 
     Raises:
         OSError: If the file cannot be opened.
-        ValueError: If it is not such a checkpoint; the message says what is wrong.
+        TypeError: If ``num_heads`` holds no integers.
+        ValueError: If it is not such a checkpoint, or ``num_heads`` are not two; the message says
+            what is wrong.
     """
+    heads = (None, None) if num_heads is None else _two_ints("num_heads", num_heads)
     if isinstance(source, Mapping):
         name, loaded = "the state dict", source
     else:
@@ -83,11 +106,10 @@ def read_snnetv2(
             f"{name} is no official SN-Netv2 checkpoint: "
             + (f"unknown {_some(foreign)}" if foreign else "it is empty")
         )
-    heads = num_heads or (None, None)
-    lora = [value for key, value in official.items() if key.endswith(".lora_A")]
+    lora = [key for key in official if key.endswith(".lora_A")]
     return OfficialCheckpoint(
         anchors=(_anchor_config(official, 0, heads[0]), _anchor_config(official, 1, heads[1])),
-        rank=lora[0].shape[0] if lora else 0,
+        rank=_shape(official, lora[0], 2)[0] if lora else 0,
         state={_rename(key, _TO_OURS): value for key, value in official.items()},
     )
 
@@ -137,8 +159,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
 
     Raises:
         OSError: If the file cannot be opened.
-        ValueError: If it is truncated or not of this format.
+        ValueError: If it is truncated, not of this format, or its config lacks a value or has one
+            of another type.
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name the file in it")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -150,11 +175,31 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    return tensors, json.loads(metadata["config"])
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no config in JSON: {error}") from error
+    _check(f"the config of {path}", config, _CONFIG)
+    return tensors, config
+
+
+@contextmanager
+def building(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Report whatever fails while a model is built from the config in ``path`` as its fault.
+
+    Raises:
+        ValueError: In place of the error; the message names the path.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} holds a config that no model can have: {error}") from error
 
 
 def check_tensors(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Check that ``given`` has the keys and shapes of ``wanted``, so that loading it cannot fail.
+    """Check keys, shapes and kinds of ``given`` against ``wanted``, so that loading cannot fail.
+
+    Any floating dtype stands for any other.
 
     Raises:
         ValueError: If not; the message names what differs.
@@ -169,8 +214,55 @@ def check_tensors(name: str, given: Mapping[str, Tensor], wanted: Mapping[str, T
         for key in wanted
         if key in given and wanted[key].shape != given[key].shape
     ][:3]
+    faults += [
+        f"{key} must be {'' if wanted[key].is_floating_point() else 'no '}floating point, "
+        f"got {given[key].dtype}"
+        for key in wanted
+        if key in given and wanted[key].is_floating_point() != given[key].is_floating_point()
+    ][:3]
     if faults:
         raise ValueError(f"{name} does not fit this model: {'; '.join(faults)}")
+
+
+def _check(where: str, value: Any, wanted: Any) -> None:
+    """Check a value from JSON against a type, or a dict, tuple or list of what its items must be.
+
+    A tuple has one entry per item, a list one for all items.
+    """
+    containers: dict[Any, Any] = {dict: dict, tuple: list, list: list}
+    kind = containers.get(type(wanted), wanted)
+    if not isinstance(value, kind):
+        name = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"{where} must be {name}, got {value!r:.80}")
+    if isinstance(wanted, dict):
+        for key, item in wanted.items():
+            if key not in value:
+                raise ValueError(f"{where} lacks {key!r}")
+            _check(f"{key!r} in {where}", value[key], item)
+    elif isinstance(wanted, tuple | list):
+        items = wanted * len(value) if isinstance(wanted, list) else wanted
+        if len(value) != len(items):
+            raise ValueError(f"{where} must hold {len(items)} items, got {len(value)}")
+        for i, item in enumerate(items):
+            _check(f"item {i} of {where}", value[i], item)
+
+
+def _two_ints(name: str, values: Any) -> tuple[int, int]:
+    if not isinstance(values, Sequence) or not all(isinstance(value, int) for value in values):
+        raise TypeError(f"{name} must be two integers, got {values!r}")
+    if len(values) != 2:
+        raise ValueError(f"{name} must be two integers, got {len(values)}")
+    return values[0], values[1]
+
+
+def _shape(official: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
+    """Return the shape of a tensor that must be there, of ``ndim`` dimensions, and not empty."""
+    if key not in official:
+        raise ValueError(f"the official checkpoint lacks {key}")
+    shape = tuple(official[key].shape)
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"{key} must have {ndim} dimensions, none of them 0, got shape {shape}")
+    return shape
 
 
 def _load_pickle(path: str | os.PathLike[str]) -> Any:
@@ -198,14 +290,8 @@ def _anchor_config(
 ) -> dict[str, Any]:
     """Infer the arguments of PlainViT from the official tensors of one anchor."""
     prefix = f"anchors.{index}."
-
-    def get(name: str) -> Tensor:
-        if prefix + name not in official:
-            raise ValueError(f"the official checkpoint lacks {prefix + name}")
-        return official[prefix + name]
-
-    width, in_chans, patch_size, _ = get("patch_embed.proj.weight").shape
-    patches = get("pos_embed").shape[1]
+    width, in_chans, patch_size, _ = _shape(official, f"{prefix}patch_embed.proj.weight", 4)
+    patches = _shape(official, f"{prefix}pos_embed", 3)[1]
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"{prefix}pos_embed must cover a square grid, got {patches} patches")
@@ -216,19 +302,21 @@ def _anchor_config(
                 "which is no multiple of 64 channels per head"
             )
         num_heads = width // 64
-    depth = 1 + max(
-        (int(key.split(".")[3]) for key in official if key.startswith(f"{prefix}blocks.")),
-        default=-1,
-    )
+    blocks = {int(key.split(".")[3]) for key in official if key.startswith(f"{prefix}blocks.")}
+    if gaps := set(range(len(blocks))) - blocks:
+        raise ValueError(
+            f"blocks of {prefix[:-1]} must be numbered without gaps, "
+            f"got {max(blocks)} but not {min(gaps)}"
+        )
     return {
         "img_size": side * patch_size,
         "patch_size": patch_size,
         "in_chans": in_chans,
-        "num_classes": get("head.weight").shape[0],
+        "num_classes": _shape(official, f"{prefix}head.weight", 2)[0],
         "embed_dim": width,
-        "depth": depth,
+        "depth": len(blocks),
         "num_heads": num_heads,
-        "mlp_ratio": get("blocks.0.mlp.fc1.weight").shape[0] / width,
+        "mlp_ratio": _shape(official, f"{prefix}blocks.0.mlp.fc1.weight", 2)[0] / width,
         "qkv_bias": f"{prefix}blocks.0.attn.qkv.bias" in official,
     }
 

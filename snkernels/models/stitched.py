@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -169,7 +170,8 @@ class StitchedViT(nn.Module):
             TypeError: If images hold no floats, or an id is no integer.
             ValueError: If no route has an id, their number is wrong, ``stitch`` and ``routes`` are
                 both given, ``max_rows`` is too small, or images are none, of another shape than
-                the anchors' or, in CPU memory, not finite.  Nothing is drawn then.
+                the anchors' or, in CPU memory and where nothing is compiled, not finite.
+                Nothing is drawn then.
         """
         self._check_batch(images)
         batch = len(images)
@@ -258,9 +260,11 @@ class StitchedViT(nn.Module):
 
         Raises:
             TypeError: If an item holds no images.
-            ValueError: If images have a wrong shape or there are none, or if tokens are not finite;
-                the stitches are then as they were.
+            ValueError: If ``batch_size`` is below 1, images have a wrong shape or there are none,
+                or tokens are not finite; the stitches are then as they were.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         items = images.split(batch_size) if isinstance(images, Tensor) else images
         with eval_mode(self):
             moments = cut_moments(
@@ -308,7 +312,9 @@ class StitchedViT(nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            ValueError: If it is not such a checkpoint; the message says what is wrong.
+            TypeError: If ``num_heads`` holds no integers.
+            ValueError: If it is not such a checkpoint, or ``num_heads`` does not fit it; the
+                message says what is wrong.
         """
         official = checkpoint.read_snnetv2(path_or_state_dict, num_heads)
         small, large = (PlainViT(**config) for config in official.anchors)
@@ -353,13 +359,15 @@ class StitchedViT(nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            ValueError: If it is truncated, foreign, or of another model; this model is then as it
-                was.
+            ValueError: If it is truncated, foreign, or of another model or one that samples
+                otherwise (``gap``, ``tilt``, ``draws``); this model is then as it was.
         """
-        self._fill(str(path), *checkpoint.read(path))
+        tensors, config = checkpoint.read(path)
+        self._check_fit(str(path), tensors, config)
+        self._fill(tensors, config)
 
-    def _fill(self, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """Take over what ``checkpoint.read`` found in ``path``, all of it or nothing."""
+    def _check_fit(self, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Check that ``_fill`` can take over what ``checkpoint.read`` found in ``path``."""
         for name, vit, saved in zip(
             ("small", "large"), self.anchors, config["anchors"], strict=True
         ):
@@ -369,9 +377,19 @@ class StitchedViT(nn.Module):
                         f"{path} does not fit this model: {fact} of its {name} anchor is "
                         f"{saved[fact]}, here it is {value}"
                     )
+        for setting, value in self._sampling.items():
+            if config["sampling"][setting] != value:
+                raise ValueError(
+                    f"{path} does not fit this model: {setting} of its sampling is "
+                    f"{config['sampling'][setting]!r}, here it is {value!r}"
+                )
         checkpoint.check_tensors(path, tensors, self.state_dict())
-        self.sampler.load_state_dict(config["sampler"])
+        with checkpoint.building(path):
+            copy.copy(self.sampler).load_state_dict(config["sampler"])
+
+    def _fill(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         self.load_state_dict(tensors)
+        self.sampler.load_state_dict(config["sampler"])
 
     @classmethod
     def load(
@@ -386,30 +404,28 @@ class StitchedViT(nn.Module):
 
         Raises:
             OSError: If the file cannot be opened.
-            TypeError: If the anchors are not ``PlainViT`` and were not given.
-            ValueError: If the file is truncated, foreign, or does not fit the anchors.
+            TypeError: If the anchors are not ``PlainViT`` and were not given, or if what was given
+                is no anchor.
+            ValueError: If the file is truncated, foreign, or does not fit the anchors, which are
+                then as they were.
         """
         tensors, config = checkpoint.read(path)
         if anchors is None:
             if any(saved["arguments"] is None for saved in config["anchors"]):
                 kinds = " and ".join(saved["class"] for saved in config["anchors"])
                 raise TypeError(f"anchors must be given: those in {path} are {kinds}")
-            small, large = (PlainViT(**saved["arguments"]) for saved in config["anchors"])
         else:
-            small, large = anchors
-        sampling = config["sampling"]
-        model = cls(
-            small,
-            large,
-            config["rank"],
-            gap=sampling["gap"],
-            tilt=sampling["tilt"],
-            draws=sampling["draws"],
-        )
+            check_pair(*anchors)
+        with checkpoint.building(path):
+            small, large = anchors or (
+                PlainViT(**saved["arguments"]) for saved in config["anchors"]
+            )
+            model = cls(small, large, config["rank"], **config["sampling"])
+        model._check_fit(str(path), tensors, config)
         for key, parameter in model.named_parameters():
             if key in tensors:
                 parameter.data = parameter.data.to(tensors[key].dtype)
-        model._fill(str(path), tensors, config)
+        model._fill(tensors, config)
         return model
 
     def _anchor(self, index: int) -> Anchor:
@@ -430,8 +446,9 @@ class StitchedViT(nn.Module):
         check_images(self.small, images)
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none")
-        # A GPU would have to wait for the answer.
-        if images.device.type == "cpu" and not bool(images.isfinite().all()):
+        # A GPU would have to wait for the answer, and a graph that is compiled would break here.
+        looked_at = images.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and not bool(images.isfinite().all()):
             raise ValueError("images must be finite, got NaN or infinity")
 
     def _route(self, route_id: int, name: str) -> Route:
