@@ -2,6 +2,7 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -211,3 +212,29 @@ def test_bad_norms() -> None:
         layer.forward_norm(x, nn.BatchNorm1d(40))
     with pytest.raises(ValueError, match=r"norm must normalise \(40,\).*\(30,\)"):
         layer.forward_norm(x, nn.LayerNorm(30))
+
+
+def test_norms_that_compute_something_else() -> None:
+    class Doubled(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match=r"norm must be a torch\.nn\.LayerNorm.*Doubled"):
+        random_layer().forward_norm(torch.randn(5, 30), Doubled(40))
+
+
+def test_threads_share_a_layer() -> None:
+    """Inference and training at once: neither sees the other's cache half made."""
+    layer, x = random_layer().eval(), torch.randn(6, 30)
+    expected = inferred(layer, x)
+
+    def work(i: int) -> bool:
+        if i % 3 == 0:
+            layer(x).sum().backward()
+            return True
+        if i % 3 == 1:
+            layer._merged = None
+        return torch.equal(inferred(layer, x), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(600)))

@@ -52,12 +52,13 @@ def forced_backend() -> str | None:
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Forces a backend for all ops inside the ``with`` block; None lets the library choose.
+    """Forces a backend inside the ``with`` block for all ops that have it; None forces none.
 
-    It holds for the whole process, as backward passes run on threads of their own.
+    It holds for the whole process, as backward passes run on threads of their own. An op without
+    such a kernel runs as it would otherwise; one whose kernel cannot run here raises when called.
 
     Raises:
-        ValueError: an unknown backend. An op that the backend cannot serve raises when called.
+        ValueError: an unknown backend.
     """
     global _forced
     previous, _forced = _forced, backend and _validated(backend, "backend")
@@ -96,13 +97,9 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
     """The backend for an op that offers some, on a device type and for the dtype of x.
 
     Raises:
-        RuntimeError: a forced backend that does not have the op or cannot run here.
+        RuntimeError: a forced backend that has the op but cannot run here.
     """
-    if _forced is not None:
-        if _forced not in offered:
-            raise RuntimeError(
-                f"backend {_forced!r} is forced, but {op} has only: {', '.join(offered)}"
-            )
+    if _forced in offered:
         if reason := obstacle(_forced, device, dtype):
             raise RuntimeError(f"backend {_forced!r} is forced, but cannot run {op}: {reason}")
         return Choice(_forced, "forced")
@@ -112,4 +109,4 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
     backend, record = PROVEN[family, device]
     if reason := obstacle(backend, device, dtype):
         return Choice("torch", f"{backend} would be faster, but {reason}")
-    return Choice(backend, f"fastest on {device} by {record}")
+    return Choice(backend, f"faster than torch on {device} by {record}")

@@ -9,6 +9,18 @@ from torch import Tensor, nn
 from snkernels.ops import stitch, stitch_layer_norm
 from snkernels.reference import merged_weight
 
+# Subclasses of nn.LayerNorm with a forward of their own that computes the same.
+_SAME_AS_LAYER_NORM = {"timm.layers.norm.LayerNorm"}
+
+
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Whether a module computes what nn.LayerNorm does, so that an op may do it instead."""
+    kind = type(norm)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return isinstance(norm, nn.LayerNorm) and (
+        kind.forward is nn.LayerNorm.forward or name in _SAME_AS_LAYER_NORM
+    )
+
 
 class LowRankProjection(nn.Module):
     """The parameters of a low-rank stitching layer: frozen W, trainable bias, A and B.
@@ -114,10 +126,10 @@ class StitchingLayer(nn.Module):
         """(y, norm(y)) in one op, where ``norm`` is the entry block's own LayerNorm.
 
         Raises:
-            TypeError: a norm that is no nn.LayerNorm.
+            TypeError: a norm that is no nn.LayerNorm, or computes something else.
             ValueError: a LayerNorm over anything but the last ``out_features`` values.
         """
-        if not isinstance(norm, nn.LayerNorm):
+        if not is_layer_norm(norm):
             raise TypeError(f"norm must be a torch.nn.LayerNorm, but it is {type(norm).__name__}")
         if tuple(norm.normalized_shape) != (self.out_features,):
             raise ValueError(
@@ -144,6 +156,12 @@ class StitchingLayer(nn.Module):
         """The sizes, for print(model)."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
 
+    def train(self, mode: bool = True) -> "StitchingLayer":
+        """Sets the mode, as for any module; training frees the merged weight."""
+        if mode:
+            self._merged = None
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_merged": None}  # copies and pickles make their own
 
@@ -157,12 +175,12 @@ class StitchingLayer(nn.Module):
             or x.device.type != "cpu"
             or torch.compiler.is_compiling()
         ):
-            self._merged = None
             return t.weight, t.bias, t.lora_A, t.lora_B, self.scaling
         sources = (t.weight, t.lora_A, t.lora_B)
-        if self._merged is None or not self._merged.made_from(sources):
-            self._merged = _Merged(sources, self.scaling)
-        return self._merged.weight, t.bias, None, None, self.scaling
+        merged = self._merged  # read once: other threads may put theirs in its place
+        if merged is None or not merged.made_from(sources):
+            merged = self._merged = _Merged(sources, self.scaling)
+        return merged.weight, t.bias, None, None, self.scaling
 
 
 class StitchLayerNorm(nn.Module):

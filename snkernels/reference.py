@@ -1,9 +1,10 @@
 """The specification: every op in a few lines of torch, which every backend must equal.
 
-It is also the ``torch`` backend, for all that no kernel covers: fp64, and devices without
-kernels. Half precision on the CPU computes in fp32, because half GEMMs are slower there; on a GPU
-the operands stay half, where tensor cores accumulate in fp32 by themselves, and only the merged
-weight is rounded once. The low-rank intermediate is never rounded to half precision.
+It is also the ``torch`` backend, for all that no kernel covers: fp64, and GPUs as long as no record
+speaks for a kernel. Half precision on the CPU computes in fp32, because half GEMMs are slower
+there; on a GPU the operands stay half, where tensor cores accumulate in fp32 by themselves, and
+only the merged weight is rounded once. The low-rank intermediate is never rounded to half
+precision.
 """
 
 from collections.abc import Sequence

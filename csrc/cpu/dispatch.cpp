@@ -40,8 +40,11 @@ struct Isa {
 const Isa isas[] = {
     {"avx512", &avx512::table,
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-    {"avx2", &avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("f16c")},
+    {"avx2", &avx2::table,
+     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c")},
     {"portable", &portable::table, true},
 };
 #else

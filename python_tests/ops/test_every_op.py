@@ -231,6 +231,20 @@ def test_compiles_whole(op: Op, compiler: str) -> None:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["torch", DEVICE])
+def test_no_input_width(stitch_op: Op, name: str) -> None:
+    """Of no features, y is the bias."""
+    t = {"x": torch.empty(2, 5, 0), "weight": torch.empty(4, 0), "bias": torch.randn(4)}
+    with use_backend(name):
+        y = stitch_op.call(t, 0.25)[0]
+    assert torch.equal(y, t["bias"].expand(2, 5, 4))
+
+
+def test_meta_tensors(op: Op) -> None:
+    tensors = {n: t.to("meta") for n, t in make(op, MIDDLE, torch.float32).items()}
+    assert all(output.is_meta for output in op.call(tensors, 0.25))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,6 +255,7 @@ def test_compiles_whole(op: Op, compiler: str) -> None:
         ({"bias": torch.ones(200, dtype=torch.int32)}, r"bias must be a floating.*int32"),
         ({"lora_A": torch.randn(16, 99)}, r"lora_A must have shape \(any, 100\).*\(16, 99\)"),
         ({"lora_B": torch.randn(200, 15)}, r"lora_B must have shape \(200, 16\).*\(200, 15\)"),
+        ({"weight": torch.randn(200, 100).double()}, "weight must be at most float32.*float64"),
         ({"lora_B": None}, "lora_A is given and lora_B is not"),
         ({"lora_A": torch.randn(16, 100, device="meta")}, "lora_A must be on cpu.*meta"),
     ],

@@ -6,22 +6,23 @@ from cases import OPS, Shape, make
 
 from snkernels import backends
 from snkernels.kernels import native
-from snkernels.ops import stitch
+from snkernels.ops import stitch, stitch_layer_norm
 from snkernels.ops.library import OFFERED
 
 SHAPE = Shape(20, 30, 40, 4)
+LARGE = Shape(500, 300, 70, 20)  # several bands for each of many threads
 
 
-def arguments(dtype: torch.dtype) -> dict[str, tuple]:
-    t = make(OPS["stitch_layer_norm"], SHAPE, dtype)
+def arguments(dtype: torch.dtype, shape: Shape = SHAPE) -> dict[str, tuple]:
+    t = make(OPS["stitch_layer_norm"], shape, dtype)
     bias = t["bias"]
     operands = (t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"])
     norm = (t["norm_weight"], t["norm_bias"])
-    grad = torch.randn(SHAPE.M, SHAPE.N).to(dtype)
+    grad = torch.randn(shape.M, shape.N).to(dtype)
     y, _, mean, rstd = torch.ops.snkernels.stitch_layer_norm(*operands, 0.5, *norm, 1e-6)
-    offsets, tensors = torch.tensor([0, 7, SHAPE.M]), [*operands[1:], *norm] * 2
+    offsets, tensors = torch.tensor([0, 7, shape.M]), [*operands[1:], *norm] * 2
     return {
-        "multi_stitch": (t["x"], offsets, tensors, [0.5, 0.5], SHAPE.N, True, 1e-6),
+        "multi_stitch": (t["x"], offsets, tensors, [0.5, 0.5], shape.N, True, 1e-6),
         "multi_stitch_backward": (
             *(None, grad, t["x"], offsets, tensors, [0.5, 0.5], y, mean, rstd),
             [True] * 13,
@@ -64,7 +65,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 torch.set_num_threads(threads)
                 torch.manual_seed(0)
                 outputs = []
-                for name, args in arguments(torch.float32).items():
+                for name, args in arguments(torch.float32, LARGE).items():
                     out = getattr(torch.ops.snkernels, name)(*args)
                     outputs += [out] if isinstance(out, torch.Tensor) else list(out)
                 results.append(outputs)
@@ -77,8 +78,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 def test_a_forced_backend_that_cannot_serve_says_why() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
-    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="stitch has only: torch"):
-        stitch(x, weight)
+    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="stitch_layer_norm: it"):
+        stitch_layer_norm(x, weight)
+    with backends.use_backend("cuda"):
+        assert torch.equal(stitch(x, weight), stitch(x, weight))  # it has none, so its own choice
     with backends.use_backend("cpu"), pytest.raises(RuntimeError, match="not float64"):
         stitch(x.double(), weight.double())
     with pytest.raises(ValueError, match=r"backend must be one of torch, cpu.*'gpu'"):

@@ -41,8 +41,12 @@ def check_tensor(
         raise TypeError(f"{name} must be a tensor, but it is {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
+    if tensor.dtype == torch.float64 and like.dtype != torch.float64:
+        raise TypeError(f"{name} must be at most float32 beside {like.dtype}, but it is float64")
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, where x is, but is on {tensor.device}")
+        raise ValueError(
+            f"{name} must be on {like.device}, where the tokens are, but is on {tensor.device}"
+        )
     have = tensor.shape
     if have != shape and not (
         len(have) == len(shape)
@@ -50,6 +54,11 @@ def check_tensor(
     ):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(have)}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(…, width) as (rows, width), also where there are no rows or no width."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

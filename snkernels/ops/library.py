@@ -73,6 +73,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which autocast, where it is on, would hand a tensor to a linear layer."""
-    if not torch.is_autocast_enabled(device) or dtype == torch.float64:
+    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return dtype
+    if not torch.is_autocast_enabled(device):
         return dtype
     return torch.get_autocast_dtype(device)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import check_input, check_tensor
+from snkernels.ops.checks import as_rows, check_input, check_tensor
 from snkernels.ops.library import autocast_dtype, needs_grad, register, without_autocast
 from snkernels.ops.stitch import empty_grads, spread
 
@@ -168,7 +168,8 @@ def residual_layer_norm(
 
     Args:
         h: the residual stream, (..., N), float16, bfloat16, float32 or float64.
-        branch: what attention or the MLP returned, the shape of h, any floating dtype.
+        branch: what attention or the MLP returned, the shape of h, float16, bfloat16 or float32, or
+            float64 where h is.
         layer_scale: γ of LayerScale, (N,), or None for 1.
         drop_path_scale: (B,), one value for each of the first dimension of h, as DropPath draws
             them: 0 or 1 / keep probability; None for 1.
@@ -196,8 +197,8 @@ def residual_layer_norm(
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
     dtype = torch.promote_types(h.dtype, branch.dtype)
     arguments = (
-        h.reshape(-1, features),
-        branch.reshape(-1, features),
+        as_rows(h),
+        as_rows(branch),
         layer_scale,
         drop_path_scale,
         norm_weight,

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import check_input, check_stitch
+from snkernels.ops.checks import as_rows, check_input, check_stitch
 from snkernels.ops.library import (
     autocast_dtype,
     needs_grad,
@@ -111,7 +111,8 @@ def stitch(
 
     Args:
         x: tokens, (..., in), float16, bfloat16, float32 or float64.
-        weight: W, (out, in); this and the following may be of another floating dtype than x.
+        weight: W, (out, in); this and the following may be float16, bfloat16 or float32 in any
+            mixture, and float64 where x is.
         bias: (out,) or None.
         lora_A: A, (r, in), or None, together with lora_B, for no low-rank part. r may be 0.
         lora_B: B, (out, r).
@@ -127,7 +128,7 @@ def stitch(
     check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = x.to(autocast_dtype(x.device.type, x.dtype)).reshape(-1, x.shape[-1])
+    rows = as_rows(x.to(autocast_dtype(x.device.type, x.dtype)))
     arguments = (rows, weight, bias, lora_A, lora_B)
     op = _Stitch.apply if needs_grad(*arguments) else torch.ops.snkernels.stitch
     y = op(*arguments, float(scaling))

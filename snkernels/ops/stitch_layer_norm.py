@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import check_input, check_stitch, check_tensor
+from snkernels.ops.checks import as_rows, check_input, check_stitch, check_tensor
 from snkernels.ops.library import (
     autocast_dtype,
     needs_grad,
@@ -154,7 +154,8 @@ def stitch_layer_norm(
 
     Args:
         x: tokens, (..., in), float16, bfloat16, float32 or float64.
-        weight: W, (out, in); this and the following may be of another floating dtype than x.
+        weight: W, (out, in); this and the following may be float16, bfloat16 or float32 in any
+            mixture, and float64 where x is.
         bias: (out,) or None.
         lora_A: A, (r, in), or None, together with lora_B, for no low-rank part. r may be 0.
         lora_B: B, (out, r).
@@ -176,7 +177,7 @@ def stitch_layer_norm(
     check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = x.to(autocast_dtype(x.device.type, x.dtype)).reshape(-1, x.shape[-1])
+    rows = as_rows(x.to(autocast_dtype(x.device.type, x.dtype)))
     stitch_arguments, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
     differentiable = needs_grad(*stitch_arguments, *norm)
     op = _StitchLayerNorm.apply if differentiable else torch.ops.snkernels.stitch_layer_norm
