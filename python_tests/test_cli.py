@@ -11,6 +11,7 @@ import snkernels
 from snkernels import backends, cli, demo
 from snkernels.demo import AnchorRecipe, Recipe
 from snkernels.kernels import native
+from snkernels.models.checkpoint import read, write
 from snkernels.ops.library import OFFERED
 
 MINI = Recipe(AnchorRecipe(8, 2, 2, 3), AnchorRecipe(16, 4, 2, 3), rank=2, finetune_steps=3)
@@ -65,12 +66,19 @@ def test_what_can_be_put_right_is_one_line(
     truncated.write_bytes(checkpoint.read_bytes()[:-7])
     silent = tmp_path / "silent.safetensors"
     snkernels.StitchedViT.load(checkpoint).save(silent)
+    overflown = tmp_path / "overflown.safetensors"
+    tensors, config = read(checkpoint)
+    write(overflown, {key: value * torch.nan for key, value in tensors.items()}, config)
+    half = tmp_path / "half.safetensors"
+    write(half, tensors, {key: value for key, value in config.items() if key != "sampler"})
     for arguments, message in (
         (("demo", "--out", tmp_path), "holds pareto.csv that snkernels demo did not write"),
         (("demo", "--out", checkpoint), "is a file; --out must name a folder"),
         (("eval", tmp_path / "none"), "No such file"),
         (("eval", tmp_path), "is a folder; name the model.safetensors in it"),
         (("eval", truncated), "is truncated or no safetensors file"),
+        (("eval", overflown), "logits of route 0 (S0–1) must be finite"),
+        (("eval", half), "lacks 'sampler'"),
         (("eval", silent), "does not say what to evaluate it on"),
         (("eval", checkpoint, "--routes", "3"), "route id must be in 0–2 or 4–4, got 3"),
         (("eval", checkpoint, "--csv", tmp_path / "no" / "csv"), "No such file"),
@@ -106,10 +114,10 @@ def test_faults_of_ours_keep_their_traceback(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*_: object) -> None:
-        raise ValueError("a bug")
+        raise KeyError("a bug")
 
     monkeypatch.setattr("snkernels.evaluation.evaluate", fault)
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(KeyError, match="a bug"):
         run("eval", finished / demo.CHECKPOINT)
 
 
