@@ -1,8 +1,13 @@
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import device  # noqa: F401 - before anything imports triton
 import pytest
 import torch
+
+# Processes that tests spawn find the tests by it; last, so that the installed package comes first.
+sys.path.append(str(Path(__file__).parents[1]))
 
 torch.set_num_threads(1)
 
