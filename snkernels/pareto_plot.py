@@ -38,7 +38,6 @@ def draw(evaluation: Evaluation, path: str | os.PathLike[str], title: str | None
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.patheffects import withStroke
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'snkernels[demo]'") from error
 
@@ -90,7 +89,7 @@ def draw(evaluation: Evaluation, path: str | os.PathLike[str], title: str | None
             ha="right" if large else "left",
             fontweight="bold",
             color=_INK,
-            path_effects=[withStroke(linewidth=4, foreground="white")],
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set_xlabel(f"cost per image ({unit} multiply-adds)")
     axes.set_ylabel(f"top-1 accuracy on {evaluation.images:,} images (%)")
