@@ -80,22 +80,21 @@ def draw(evaluation: Evaluation, path: str | os.PathLike[str], title: str | None
             linestyle="",
             zorder=4,
         )
-        large = s.id == LARGE
         axes.annotate(
-            f"{_ANCHORS[s.id]}  {s.top1:.1f} %",
+            f"{_ANCHORS[s.id]}\n{s.top1:.1f} %",
             (s.flops / scale, s.top1),
-            xytext=(6 if large else -6, 9),
+            # The front leaves S to the upper right, so its label stands to the left.
+            xytext=(0, 9),
+            ha={SMALL: "right", LARGE: "center"}[s.id],
             textcoords="offset points",
-            ha="right" if large else "left",
             fontweight="bold",
             color=_INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )
     axes.set_xlabel(f"cost per image ({unit} multiply-adds)")
     axes.set_ylabel(f"top-1 accuracy on {evaluation.images:,} images (%)")
     if title:
         axes.set_title(title, loc="left", fontsize=11)
-    axes.margins(x=0.04, y=0.1)
+    axes.margins(x=0.1, y=0.14)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
