@@ -41,9 +41,11 @@ def test_every_public_name_is_there() -> None:
         "PlainViT",
         "StitchedViT",
         "__version__",
+        "distillation_loss",
         "evaluate",
         "layers",
         "ops",
+        "training_loss",
         "use_backend",
     }
     for name in snkernels.__all__:
@@ -76,7 +78,7 @@ small = PlainViT(8, 4, 1, 7, embed_dim=8, depth=2, num_heads=2)
 large = PlainViT(8, 4, 1, 7, embed_dim=12, depth=4, num_heads=2)
 model = StitchedViT(small, large, rank=2)
 model.init_stitches(torch.randn(20, 1, 8, 8))
-model(torch.randn(3, 1, 8, 8), stitch=2).sum().backward()
+training_loss(model, torch.randn(3, 1, 8, 8), torch.arange(3), routes_per_step=2).loss.backward()
 result = evaluate(model, [(torch.randn(4, 1, 8, 8), torch.arange(4))])
 print([s.id for s in result.scores], __version__ == snkernels.__version__)
 x, weight = torch.randn(5, 3), torch.randn(4, 3)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from snkernels.evaluation import evaluate
     from snkernels.models.stitched import StitchedViT
     from snkernels.models.vit import PlainViT
+    from snkernels.training import distillation_loss, training_loss
 
     __version__: str
 
@@ -20,16 +21,20 @@ __all__ = [
     "PlainViT",
     "StitchedViT",
     "__version__",
+    "distillation_loss",
     "evaluate",
     "layers",
     "ops",
+    "training_loss",
     "use_backend",
 ]
 
 _HOMES = {
     "PlainViT": "snkernels.models.vit",
     "StitchedViT": "snkernels.models.stitched",
+    "distillation_loss": "snkernels.training",
     "evaluate": "snkernels.evaluation",
+    "training_loss": "snkernels.training",
     "use_backend": "snkernels.backends",
 }
 
