@@ -13,27 +13,33 @@ if TYPE_CHECKING:
     from snkernels.evaluation import evaluate
     from snkernels.models.stitched import StitchedViT
     from snkernels.models.vit import PlainViT
+    from snkernels.profiling import profile
+    from snkernels.routing.latency import Profile
     from snkernels.training import distillation_loss, training_loss
 
     __version__: str
 
 __all__ = [
     "PlainViT",
+    "Profile",
     "StitchedViT",
     "__version__",
     "distillation_loss",
     "evaluate",
     "layers",
     "ops",
+    "profile",
     "training_loss",
     "use_backend",
 ]
 
 _HOMES = {
     "PlainViT": "snkernels.models.vit",
+    "Profile": "snkernels.routing.latency",
     "StitchedViT": "snkernels.models.stitched",
     "distillation_loss": "snkernels.training",
     "evaluate": "snkernels.evaluation",
+    "profile": "snkernels.profiling",
     "training_loss": "snkernels.training",
     "use_backend": "snkernels.backends",
 }

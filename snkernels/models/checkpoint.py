@@ -36,12 +36,15 @@ _ANCHOR = {
     "global_pool": str,
     "arguments": dict | None,
 }
+# Files from before these existed lack them, and hold none.
+_LATER = {"scores": dict | None, "profile": dict | None}
 _CONFIG = {
     "anchors": (_ANCHOR, _ANCHOR),
     "rank": int,
     "sampling": {"gap": int | float | None, "tilt": int, "draws": str},
     "sampler": {"seed": int, "draws": int},
     "notes": dict,
+    **_LATER,
 }
 
 # One entry per parameter name of an official anchor that is ours under another name.
@@ -179,6 +182,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         config = json.loads(metadata.get("config", ""))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no config in JSON: {error}") from error
+    if isinstance(config, dict):
+        config = {**dict.fromkeys(_LATER), **config}
     _check(f"the config of {path}", config, _CONFIG)
     return tensors, config
 

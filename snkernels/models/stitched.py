@@ -27,9 +27,13 @@ from snkernels.models.anchors import (
 )
 from snkernels.models.executor import execute
 from snkernels.models.least_squares import cut_moments, solve
+from snkernels.models.selection import Offer, Selection, check_scores, choose
+from snkernels.models.setting import setting_of, shapes_of
 from snkernels.models.vit import PlainViT
 from snkernels.progress import progress_bar
+from snkernels.routing.budget import Budget
 from snkernels.routing.cost import route_flops
+from snkernels.routing.latency import Profile
 from snkernels.routing.plan import plan
 from snkernels.routing.sampling import Draws, RouteSampler
 from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
@@ -78,6 +82,12 @@ class StitchedViT(nn.Module):
         default_route: Id of the route that runs in eval mode when none is named; the large anchor.
         last_route: Id of the route that the last call ran; None before the first call and after
             one with several routes.
+        scores: How good each measured route is, from ids to numbers, more being better; None at
+            first.  Set it to a mapping or to what ``snkernels.evaluate`` gives, whose top-1 it
+            keeps.  It is saved with the model, and holds for the weights it was measured with.
+        profile: The ``Profile`` of ``snkernels.profile``, for budgets of time; None at first.  It
+            must be of a model with these shapes, may be of another device until such a budget is
+            used, and is saved with the model.
 
     Raises:
         TypeError: If an anchor lacks a part; the message names it.
@@ -129,6 +139,8 @@ class StitchedViT(nn.Module):
         )
         self.default_route = LARGE
         self.last_route: int | None = None
+        self._scores: dict[int, float] | None = None
+        self._profile: Profile | None = None
 
     @property
     def small(self) -> Anchor:
@@ -140,12 +152,35 @@ class StitchedViT(nn.Module):
         """The large anchor."""
         return self._anchor(LARGE)
 
+    @property
+    def scores(self) -> dict[int, float] | None:
+        """A copy of the scores."""
+        return None if self._scores is None else dict(self._scores)
+
+    @scores.setter
+    def scores(self, scores: Any) -> None:
+        self._scores = None if scores is None else check_scores(scores, self.space)
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile | None) -> None:
+        if profile is not None:
+            if not isinstance(profile, Profile):
+                raise TypeError(f"profile must be a Profile, got {type(profile).__name__}")
+            profile.check_model(shapes_of(self))
+        self._profile = profile
+
     def forward(
         self,
         images: Tensor,
         stitch: int | Sequence[int] | None = None,
         *,
         routes: Literal["all"] | Sequence[int] | None = None,
+        budget: float | str | Budget | Sequence[float | str | Budget] | None = None,
         max_rows: int | None = None,
     ) -> Tensor:
         """Classify images: all along one route, each along its own, or all along several.
@@ -159,6 +194,9 @@ class StitchedViT(nn.Module):
                 takes ``default_route`` in eval mode.
             routes: Ids of the routes that every image takes, in place of ``stitch``; "all" for
                 every route of the model.  Ids may repeat.
+            budget: What may be spent, in place of ``stitch``: the route is then the one that
+                ``select`` gives for it and this batch size.  Or one budget per image; a budget of
+                time is for the call as if all of its images took that route.
             max_rows: Most images that may be under way at a time, an image counting once for each
                 of the ways it takes; at least 3.  It bounds the memory of inference and changes no
                 result.  None lets all run together up to 256, or the batch if that is more.
@@ -168,19 +206,22 @@ class StitchedViT(nn.Module):
 
         Raises:
             TypeError: If images hold no floats, or an id is no integer.
-            ValueError: If no route has an id, their number is wrong, ``stitch`` and ``routes`` are
-                both given, ``max_rows`` is too small, or images are none, of another shape than
-                the anchors' or, in CPU memory and where nothing is compiled, not finite.
-                Nothing is drawn then.
+            RuntimeError: If a budget needs scores or a profile that are not there.
+            ValueError: If no route has an id, their number is wrong, more than one of ``stitch``,
+                ``routes`` and ``budget`` are given, no route fits a budget, ``max_rows`` is too
+                small, or images are none, of another shape than the anchors' or, in CPU memory and
+                where nothing is compiled, not finite.  Nothing is drawn then.
         """
         self._check_batch(images)
         batch = len(images)
         limit = max(batch, _MAX_ROWS) if max_rows is None else operator.index(max_rows)
         if limit < 3:
             raise ValueError(f"max_rows must be at least 3, got {max_rows}")
+        if sum(choice is not None for choice in (stitch, routes, budget)) > 1:
+            raise ValueError("only one of stitch, routes and budget must be given")
+        if budget is not None:
+            stitch = self._afford(budget, batch)
         if routes is not None:
-            if stitch is not None:
-                raise ValueError("stitch and routes must not both be given")
             chosen = self._routes(routes)
             rows = [(i, route) for route in chosen for i in range(batch)]
         elif stitch is None or not isinstance(stitch, Iterable):
@@ -200,6 +241,49 @@ class StitchedViT(nn.Module):
         schedule = plan(rows, self.space, limit)
         logits = execute(schedule, (self.small, self.large), self._stitch, images)
         return logits if routes is None else logits.unflatten(0, (len(chosen), batch))
+
+    def select(self, budget: float | str | Budget, batch_size: int = 1) -> Selection:
+        """Pick the best-scoring route that a budget buys.
+
+        Args:
+            budget: A share of the large anchor's multiply-adds in (0, 1], or a text such as
+                ``"50 %"``, ``"20 GFLOPs"`` (for one image) or ``"8 ms"`` (for one call); see
+                ``snkernels.routing.budget.Budget.parse``.
+            batch_size: Images of the call that a budget of time is for.
+
+        Returns:
+            The route and why it was chosen; ``str`` of it is a sentence.
+
+        Raises:
+            RuntimeError: If ``scores`` are not set, or ``profile`` is not and the budget is a time.
+            TypeError: If the budget is neither a number nor a text.
+            ValueError: If the budget is none, or reaches for no route; if it is a time, and the
+                profile is of another device, dtype or torch, or of smaller or larger batches.
+        """
+        budget = Budget.parse(budget)
+        if self._scores is None:
+            raise RuntimeError(
+                "scores must be set before a budget can pick a route: "
+                "model.scores = snkernels.evaluate(model, loader)"
+            )
+        scored = [route for route in self.routes if route.id in self._scores]
+        if budget.kind == "seconds":
+            if self._profile is None:
+                raise RuntimeError(
+                    "profile must be set before a budget of time can pick a route: "
+                    "model.profile = snkernels.profile(model, batch_sizes)"
+                )
+            self._profile.check_setting(setting_of(self))
+            batch_size = operator.index(batch_size)
+            costs = [self._profile.seconds(route, batch_size) for route in scored]
+        else:
+            whole = self.routes[LARGE].flops if budget.kind == "share" else 1
+            costs = [route.flops / whole for route in scored]
+        offers = [
+            Offer(route, self._scores[route.id], cost)
+            for route, cost in zip(scored, costs, strict=True)
+        ]
+        return choose(offers, budget, batch_size if budget.kind == "seconds" else None)
 
     def draw(self, count: int) -> list[int]:
         """Draw the ids of ``count`` routes for one training step, each as a step alone would.
@@ -332,7 +416,9 @@ class StitchedViT(nn.Module):
         return checkpoint.to_snnetv2(self.state_dict())
 
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Write weights, shape and sampler state into one safetensors file, atomically.
+        """Write weights, shape, sampler state, scores and profile into one safetensors file.
+
+        The file appears when it is complete; until then whatever was there stays.
 
         Args:
             path: Where to write.
@@ -351,6 +437,8 @@ class StitchedViT(nn.Module):
             "sampling": self._sampling,
             "sampler": self.sampler.state_dict(),
             "notes": dict(notes or {}),
+            "scores": self._scores,
+            "profile": None if self._profile is None else self._profile.to_json(),
         }
         checkpoint.write(path, self.state_dict(), config)
 
@@ -386,10 +474,22 @@ class StitchedViT(nn.Module):
         checkpoint.check_tensors(path, tensors, self.state_dict())
         with checkpoint.building(path):
             copy.copy(self.sampler).load_state_dict(config["sampler"])
+            self._measured(config)
 
     def _fill(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         self.load_state_dict(tensors)
         self.sampler.load_state_dict(config["sampler"])
+        self._scores, self._profile = self._measured(config)
+
+    def _measured(self, config: dict[str, Any]) -> tuple[dict[int, float] | None, Profile | None]:
+        """Return the scores and the profile in the config of a file, checked."""
+        scores, profile = config["scores"], config["profile"]
+        if scores is not None:
+            scores = check_scores({int(key): score for key, score in scores.items()}, self.space)
+        if profile is not None:
+            profile = Profile.from_json(profile)
+            profile.check_model(shapes_of(self))
+        return scores, profile
 
     @classmethod
     def load(
@@ -450,6 +550,18 @@ class StitchedViT(nn.Module):
         looked_at = images.device.type == "cpu" and not torch.compiler.is_compiling()
         if looked_at and not bool(images.isfinite().all()):
             raise ValueError("images must be finite, got NaN or infinity")
+
+    def _afford(self, budget: Any, batch: int) -> int | list[int]:
+        """Return the id of the route that a budget buys, or of one per budget."""
+        if isinstance(budget, str) or not isinstance(budget, Iterable):
+            return self.select(budget, batch).route.id
+        budgets = [Budget.parse(one) for one in budget]
+        if len(budgets) != batch:
+            raise ValueError(
+                f"budget must be one, or one for each of the {batch} images, got {len(budgets)}"
+            )
+        ids = {one: self.select(one, batch).route.id for one in set(budgets)}
+        return [ids[one] for one in budgets]
 
     def _route(self, route_id: int, name: str) -> Route:
         """Return the route of an id that the caller gave in the argument ``name``."""

@@ -1,0 +1,53 @@
+"""What a latency depends on: the device and its surroundings, and the shapes of the model."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from snkernels.models.anchors import vit_shape
+from snkernels.routing.latency import Setting
+
+if TYPE_CHECKING:
+    from snkernels.models.stitched import StitchedViT
+
+
+def setting_of(model: StitchedViT) -> Setting:
+    """Where the model is, and in which dtype."""
+    like = next(model.parameters())
+    on_gpu = like.device.type == "cuda"
+    return Setting(
+        device=torch.cuda.get_device_name(like.device) if on_gpu else _processor(),
+        threads=None if on_gpu else torch.get_num_threads(),
+        dtype=str(like.dtype).removeprefix("torch."),
+        torch=torch.__version__,
+    )
+
+
+def shapes_of(model: StitchedViT) -> dict[str, Any]:
+    """The shapes of both anchors and the rank of the stitches, in values that JSON can hold."""
+    anchors = [
+        {
+            **asdict(vit_shape(vit)),
+            "num_heads": [block.attn.num_heads for block in vit.blocks],
+            "global_pool": vit.global_pool,
+        }
+        for vit in (model.small, model.large)
+    ]
+    return {"anchors": anchors, "rank": model.rank}
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The name of the CPU; ``platform`` does not know it on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

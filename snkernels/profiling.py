@@ -1,0 +1,244 @@
+"""How long the parts of a stitched model take on a device, and so how long each route will."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise, zip_longest
+from typing import Any, Literal
+
+import torch
+
+from snkernels.models.anchors import embed, finish
+from snkernels.models.blocks import entry_norm, run_block
+from snkernels.models.setting import setting_of, shapes_of
+from snkernels.models.stitched import StitchedViT, eval_mode
+from snkernels.progress import progress_bar
+from snkernels.routing.latency import PARTS, Check, Parts, Profile
+from snkernels.routing.plan import plan
+from snkernels.routing.space import LARGE, SMALL, Route, Segment, Stitch, StitchingSpace
+
+_CHECKS = 8
+_WALKS = 4
+
+# Name of a part, and the anchor that it belongs to.
+_Part = tuple[str, int]
+
+
+def profile(
+    model: StitchedViT,
+    batch_sizes: Sequence[int],
+    device: torch.device | str | None = None,
+    *,
+    check: Literal["all"] | Iterable[int] | None = None,
+    rounds: int = 5,
+    seconds: float = 5.0,
+    progress: bool = True,
+) -> Profile:
+    """Measure the parts of a model, predict its routes by adding up, and check that on real runs.
+
+    Parts are timed where they stand in a forward pass, one after another along walks through both
+    anchors and over every switch, so that weights are as far from the processor's caches, and
+    activations as near, as when a route runs. Whole routes are run in turns with the walks. Medians
+    over the rounds are kept; blocks of one anchor count as alike, and so do stitches of one
+    direction.
+
+    The model is measured as it is: compiled blocks are measured compiled. It runs in eval mode and
+    inference mode, and the training flags of its modules are restored. On an otherwise idle machine
+    the figures mean most. On a GPU parts are timed by events on its stream, without graphs; that
+    has never run on a GPU yet.
+
+    Args:
+        model: A stitched model.
+        batch_sizes: Images per call, each 1 or more.
+        device: Where to measure; None for where the model is. Elsewhere a copy of it is measured.
+        check: Ids of the routes to run whole, or "all"; None for eight, from the cheapest to the
+            costliest.
+        rounds: How often each part and each checked route is measured at least.
+        seconds: For how long, at each batch size, where that many rounds take less.
+        progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
+
+    Raises:
+        TypeError: If a batch size or an id is no integer.
+        ValueError: If there are no batch sizes, one of them or ``rounds`` is below 1, ``seconds``
+            is no time, or no route has an id.
+    """
+    sizes = sorted({operator.index(size) for size in batch_sizes})
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"batch_sizes must be integers of 1 or more, got {list(batch_sizes)}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be 0 or more, got {seconds}")
+    if check is None:
+        routes: list[Route] = _spread(model, _CHECKS)
+    elif isinstance(check, str):
+        if check != "all":
+            raise ValueError(f'check must be "all" or route ids, got {check!r}')
+        routes = list(model.space)
+    else:
+        routes = [model.space.route(operator.index(route_id)) for route_id in check]
+    if device is not None and torch.device(device) != next(model.parameters()).device:
+        model = copy.deepcopy(model).to(device)
+    samples = {size: _Samples(model, size, routes) for size in sizes}
+    turns: list[_Samples] = []
+    with eval_mode(model), torch.inference_mode():
+        for size in sizes:
+            start = time.perf_counter()
+            _Samples(model, size, routes[:1]).take()  # warms up
+            per_run = (time.perf_counter() - start) / (_WALKS + 1)
+            fitting = int(seconds / (per_run * (_WALKS + len(routes))))
+            turns += [samples[size]] * max(rounds, fitting)
+        for turn in progress_bar(turns, "profile: rounds", progress):
+            turn.take()
+    parts = {size: samples[size].parts() for size in sizes}
+    checks = tuple(
+        Check(size, route.id, parts[size].seconds(route), statistics.median(times))
+        for size in sizes
+        for route, times in samples[size].route_seconds.items()
+    )
+    return Profile(setting_of(model), shapes_of(model), parts, checks)
+
+
+class _Samples:
+    """The times of parts and of whole routes at one batch size."""
+
+    def __init__(self, model: StitchedViT, batch_size: int, routes: Sequence[Route]) -> None:
+        like = next(model.parameters())
+        shape = model.small.patch_embed.proj.in_channels, *model.small.patch_embed.img_size
+        images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+        self.model, self.images = model, images.to(like.device, like.dtype)
+        self.parts_seconds: dict[_Part, list[float]] = defaultdict(list)
+        self.route_seconds: dict[Route, list[float]] = {route: [] for route in routes}
+
+    def take(self) -> None:
+        """Measure everything once."""
+        space = self.model.space
+        for path in (space.route(SMALL), space.route(LARGE), *_zigzags(space)):
+            for part, seconds in self._walk(path).items():
+                # Not the median: a route pays for all its blocks, the slow ones too.
+                self.parts_seconds[part].append(statistics.mean(seconds))
+        for route, seconds in self.route_seconds.items():
+            seconds.append(self._run(route))
+
+    def parts(self) -> Parts:
+        """Medians over what was measured."""
+        medians = {part: statistics.median(times) for part, times in self.parts_seconds.items()}
+
+        def pair(name: str) -> tuple[float, float]:
+            return medians.get((name, SMALL), 0.0), medians.get((name, LARGE), 0.0)
+
+        return Parts(*map(pair, PARTS))
+
+    def _run(self, route: Route) -> float:
+        watch = _watch(self.images.device)
+        self.model(self.images, stitch=route.id)
+        watch.lap()
+        (seconds,) = watch.read()
+        return seconds
+
+    def _walk(self, path: Route) -> dict[_Part, list[float]]:
+        """Run a path as a call does, and time its parts on the way."""
+        model: Any = self.model
+        parts: list[_Part] = []
+        watch = _watch(self.images.device)
+
+        def lap(name: str, anchor: int) -> None:
+            watch.lap()
+            parts.append((name, anchor))
+
+        # A call checks its images and looks its plan up before anything runs.
+        anchor = path.segments[0].anchor
+        model._check_batch(self.images)
+        plan([(i, model.space.route(anchor)) for i in range(len(self.images))], model.space)
+        blocks = model.anchors[anchor].blocks
+        h = embed(model.anchors[anchor], self.images)
+        norm = entry_norm(blocks[0])
+        normed = norm(h) if norm else None
+        lap("embed", anchor)
+        for segment, stitch in zip_longest(path.segments, path.stitches):
+            anchor, blocks = segment.anchor, model.anchors[segment.anchor].blocks
+            last = segment.stop - 1
+            for i in range(segment.start, segment.stop):
+                if i == last and stitch is None:
+                    finish(model.anchors[anchor], h, i, normed)
+                    lap("finish", anchor)
+                else:
+                    norm = entry_norm(blocks[i + 1]) if i < last else None
+                    h, normed = run_block(blocks[i], h, entry_norm(blocks[i]), normed, norm)
+                    lap("block" if i < last else "exit", anchor)
+            if stitch is not None:
+                layer = model.stitch_layers[anchor][stitch.index]
+                entered = model.anchors[1 - anchor].blocks
+                norm = entry_norm(entered[model.space.cuts[stitch.index][1 - anchor]])
+                h, normed = layer.forward_norm(h, norm) if norm else (layer(h), None)
+                lap("switch", anchor)
+        seconds: dict[_Part, list[float]] = defaultdict(list)
+        for part, lap_seconds in zip(parts, watch.read(), strict=True):
+            seconds[part].append(lap_seconds)
+        return seconds
+
+
+class _Watch:
+    """Seconds between laps by the wall clock; the first lap begins now."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def lap(self) -> None:
+        """End a lap and begin the next."""
+        self.times.append(time.perf_counter())
+
+    def read(self) -> list[float]:
+        """Seconds of each lap."""
+        return [end - start for start, end in pairwise(self.times)]
+
+
+class _GPUWatch:
+    """The same by events on the current stream. It has never run."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self.events: list[torch.cuda.Event] = []
+        self.lap()
+
+    def lap(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    def read(self) -> list[float]:
+        self.events[-1].synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.events)]
+
+
+def _watch(device: torch.device) -> _Watch | _GPUWatch:
+    return _GPUWatch() if device.type == "cuda" else _Watch()
+
+
+def _zigzags(space: StitchingSpace) -> list[Route]:
+    """Two paths through both anchors that change over at every cut: from S, and from L."""
+    bounds = [(0, 0), *space.cuts]
+    paths = []
+    for first in (SMALL, LARGE):
+        anchors = [(first + k) % 2 for k in range(len(space.cuts))]
+        segments = (
+            Segment(anchor, start[anchor], stop[anchor])
+            for anchor, (start, stop) in zip(anchors, pairwise(bounds), strict=True)
+        )
+        stitches = (Stitch(anchor, k) for k, anchor in enumerate(anchors[:-1]))
+        paths.append(Route(-1, tuple(segments), tuple(stitches)))
+    return paths
+
+
+def _spread(model: StitchedViT, count: int) -> list[Route]:
+    """Routes from the cheapest to the costliest, about evenly far apart in number."""
+    by_cost = sorted(model.routes, key=lambda route: route.flops)
+    last = len(by_cost) - 1
+    places = {round(i * last / (count - 1)) for i in range(count)}
+    return [by_cost[place] for place in sorted(places)]
