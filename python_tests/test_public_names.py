@@ -41,6 +41,8 @@ def test_every_public_name_is_there() -> None:
         "PlainViT",
         "StitchedViT",
         "__version__",
+        "average_gradients",
+        "broadcast_parameters",
         "distillation_loss",
         "evaluate",
         "layers",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from snkernels import layers, ops
     from snkernels.backends import use_backend
+    from snkernels.distributed import average_gradients, broadcast_parameters
     from snkernels.evaluation import evaluate
     from snkernels.models.stitched import StitchedViT
     from snkernels.models.vit import PlainViT
@@ -24,6 +25,8 @@ __all__ = [
     "Profile",
     "StitchedViT",
     "__version__",
+    "average_gradients",
+    "broadcast_parameters",
     "distillation_loss",
     "evaluate",
     "layers",
@@ -37,6 +40,8 @@ _HOMES = {
     "PlainViT": "snkernels.models.vit",
     "Profile": "snkernels.routing.latency",
     "StitchedViT": "snkernels.models.stitched",
+    "average_gradients": "snkernels.distributed",
+    "broadcast_parameters": "snkernels.distributed",
     "distillation_loss": "snkernels.training",
     "evaluate": "snkernels.evaluation",
     "profile": "snkernels.profiling",

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from snkernels import collectives
 from snkernels.models.anchors import Anchor, embed, run_blocks
 
 
@@ -70,14 +70,12 @@ class Moments:
 
         Without ``torch.distributed`` these are the moments themselves.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not collectives.distributed():
             return self
         packed = torch.cat((self.mean.new_tensor([self.count]), self.mean, self.centred.flatten()))
-        parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, packed)
         width = self.mean.numel()
         total = Moments.none(width, self.mean.device)
-        for part in parts:
+        for part in collectives.all_gather(packed):
             centred = part[1 + width :].view(width, width)
             total.merge(Moments(int(part[0]), part[1 : 1 + width], centred))
         return total

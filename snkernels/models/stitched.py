@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from snkernels import collectives
 from snkernels.layers import StitchingLayer
 from snkernels.models import checkpoint
 from snkernels.models.anchors import (
@@ -130,11 +130,10 @@ class StitchedViT(nn.Module):
         )
         self.routes: tuple[ModelRoute, ...] = tuple(self._price(route) for route in self.space)
         self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "draws": draws}
-        distributed = dist.is_available() and dist.is_initialized()
         self.sampler = RouteSampler(
             {route.id: route.flops for route in self.routes},
             seed=seed,
-            rank=dist.get_rank() if distributed else 0,
+            rank=collectives.rank(),
             **self._sampling,
         )
         self.default_route = LARGE
@@ -346,11 +345,12 @@ class StitchedViT(nn.Module):
             TypeError: If an item holds no images.
             ValueError: If ``batch_size`` is below 1, images have a wrong shape or there are none,
                 or tokens are not finite; the stitches are then as they were.
+            RuntimeError: If another rank failed so; the message names it and says how.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         items = images.split(batch_size) if isinstance(images, Tensor) else images
-        with eval_mode(self):
+        with eval_mode(self), collectives.agreed():
             moments = cut_moments(
                 self.small,
                 self.large,
@@ -376,7 +376,8 @@ class StitchedViT(nn.Module):
             layer.set_base(weight, bias)
             if layer.transform.lora_B is not None:
                 nn.init.zeros_(layer.transform.lora_B)
-            _broadcast(layer)
+            # The last bits of a solver may differ from rank to rank.
+            collectives.broadcast(layer.parameters())
 
     @classmethod
     def from_snnetv2(
@@ -622,14 +623,3 @@ def _images_of(item: Any) -> Tensor:
             f"got {type(item).__name__}"
         )
     return images
-
-
-def _broadcast(module: nn.Module) -> None:
-    """Give all ranks the parameters of rank 0, whose solver's last bits may differ from theirs."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    with torch.no_grad():
-        for parameter in module.parameters():
-            values = parameter.clone()
-            dist.broadcast(values, src=0)
-            parameter.copy_(values)
