@@ -48,6 +48,21 @@ def test_eval_of_some_routes(finished: Path, capsys: pytest.CaptureFixture[str])
     assert "L0–3" not in out and "Anchors" not in out
 
 
+def test_eval_goes_on_after_an_interruption(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "eval.jsonl"
+    assert run("eval", finished / demo.CHECKPOINT, "--resume", file) == 0
+    table = capsys.readouterr().out
+    content = file.read_text()
+    file.write_text(content[: len(content) // 2])
+    assert run("eval", finished / demo.CHECKPOINT, "--resume", file) == 0
+    assert capsys.readouterr().out == table
+    assert file.read_text() == content
+    assert run("eval", finished / demo.CHECKPOINT, "--routes", "0,1", "--resume", file) == 1
+    assert "does not fit: routes was" in capsys.readouterr().err
+
+
 def test_demo_replaces_its_own_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / demo.CSV).read_bytes()
     assert run("demo", "--out", finished, "--seed", 3) == 0

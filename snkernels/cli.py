@@ -70,9 +70,10 @@ def _eval(options: argparse.Namespace) -> None:
     with _expected(ValueError, TypeError):
         model, batches = demo.load(options.checkpoint)
         routes = [model.space.route(i).id for i in options.routes or ()]
-    # Weights that are not finite, or that no longer fit the data, are a fault of the file.
+    # Weights that are not finite, or that no longer fit the data, are a fault of the file, and so
+    # is a file to resume from that is of something else.
     with demo.one_thread(), _expected(ValueError):
-        result = evaluate(model, batches, routes or "all")
+        result = evaluate(model, batches, routes or "all", resume=options.resume)
     print(result.table())
     if result.has_anchors:
         print(f"\n{result.summary()}")
@@ -138,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("eval", help="measure the routes of a demo's checkpoint again")
     evaluation.add_argument("checkpoint", type=Path, help="model.safetensors of the demo")
     evaluation.add_argument("--routes", type=_ids, metavar="ID,ID", help="only these routes")
+    evaluation.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep finished batches there, and go on from it after an interruption",
+    )
     evaluation.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     evaluation.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over cost")
     evaluation.set_defaults(run=_eval)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snkernels import collectives
+from snkernels.batches import Share, Tally, batch_order, digest
+from snkernels.journal import Journal
+from snkernels.models.anchors import describe
 from snkernels.models.stitched import ModelRoute, StitchedViT, eval_mode
 from snkernels.progress import progress_bar
 from snkernels.routing.cost import pareto_front
@@ -181,6 +187,7 @@ def evaluate(
     loader: Iterable[Sequence[Any]],
     routes: Literal["all"] | Iterable[int] = "all",
     *,
+    resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measure routes on labelled images: top-1, top-5 and loss of each, and the Pareto front.
@@ -189,52 +196,169 @@ def evaluate(
     several of them begin with. The model runs in eval mode and inference mode, and the training
     flags of its modules are restored.
 
+    Under ``torch.distributed`` every rank must call this, with the same model and a loader of the
+    same batches (no ``DistributedSampler``, which would pad). The ranks take turns, a batch each,
+    tell each other the sums, and all return the same, bit for bit what one process returns that
+    computes a batch with the same bits (device, backend, number of threads). What one rank raises
+    all raise.
+
     Args:
         model: A stitched model on any device.
         loader: Batches that begin with images (batch, channels, height, width) of a floating dtype
             and labels (batch,) of an integer dtype. Both are moved to the model's device, images
-            also to its dtype.
+            also to its dtype. A map-style ``DataLoader`` loads only batches that are measured here
+            and now; of anything else the others are read and passed over.
         routes: Ids of the routes to measure, or "all".
+        resume: File of finished batches, which the first rank writes and reads. A run that was
+            interrupted goes on from it, on any number of ranks, and one that was not gives its
+            result at once. It knows weights, routes, precision, the order of the images where the
+            loader tells it, and the labels of what it reads again; other pixels it cannot notice.
         progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
 
     Raises:
         TypeError: If a batch does not begin with images and labels.
         ValueError: If there is no such route, one is named twice or none is; if there are no
-            images; if labels are not classes of the model; if logits are not finite. The message
-            says which.
+            images; if labels are not classes of the model; if logits are not finite; if ``resume``
+            is a file of something else; if it or other ranks need a loader of the same batches and
+            this is none. The message says which. No finished batch is lost.
+        OSError: If ``resume`` cannot be read or written.
+        RuntimeError: If another rank failed; the message names it and says how.
     """
-    wanted = _wanted(model, routes)
+    shared = resume is not None or collectives.world_size() > 1
+    with collectives.agreed():
+        wanted = _wanted(model, routes)
+        order = batch_order(loader) if shared else None
+        facts = _facts(model, wanted, loader, order) if shared else {}
+    for rank, others in enumerate(collectives.gather(facts)):
+        for fact, value in facts.items():
+            if others[fact] != value:
+                raise ValueError(
+                    f"all ranks must measure the same, but {fact} is {others[fact]!r} on rank "
+                    f"{rank} and {value!r} on rank {collectives.rank()}"
+                )
+    with ExitStack() as stack:
+        journal: Journal | None = None
+        done: dict[int, Tally] = {}
+        whole = False
+        with collectives.agreed():
+            if resume is not None and collectives.rank() == 0:
+                journal = stack.enter_context(closing(Journal(resume, facts)))
+                done, whole = _found(journal, len(wanted))
+        done, whole = collectives.gather((done, whole))[0]
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.inference_mode())
+        share = Share(loader, order, model.small.num_classes, done, whole)
+        name = f"evaluation, {len(wanted)} routes: batches"
+        batches = iter(progress_bar(share, name, progress and collectives.rank() == 0))
+        going = True
+        while going:
+            tally, failure = None, None
+            try:
+                batch = next(batches, None)
+                share.compare()
+                tally = None if batch is None else _measured(model, wanted, *batch)
+            except Exception as error:
+                failure = error
+            fresh = [tally for tally in collectives.gather(tally) if tally is not None]
+            done.update((tally.batch, tally) for tally in fresh)
+            going = bool(fresh)
+            with collectives.agreed():
+                # First, so that an error of one rank loses nothing that another has finished.
+                if journal is not None:
+                    journal.append(asdict(tally) for tally in fresh)
+                if failure is not None:
+                    raise failure
+                if not going:
+                    share.close()
+        with collectives.agreed():
+            if journal is not None and not whole:
+                journal.append([{"batches": len(done)}])
+    return _summed(wanted, [done[index] for index in sorted(done)], model.small.num_classes)
+
+
+def _facts(
+    model: StitchedViT,
+    wanted: Sequence[ModelRoute],
+    loader: Iterable[Any],
+    order: Sequence[Any] | None,
+) -> dict[str, Any]:
+    """What must be equal for batches that were measured elsewhere, or before, to be of use here."""
     like = next(model.parameters())
-    # Per route: images right, images with their class among the five best, loss.
-    sums = torch.zeros(len(wanted), 3, dtype=torch.float64, device=like.device)
-    images_seen = 0
-    with eval_mode(model), torch.inference_mode():
-        for batch in progress_bar(loader, f"evaluation, {len(wanted)} routes: batches", progress):
-            images, labels = _checked(batch, model.small.num_classes)
-            images, labels = images.to(like.device, like.dtype), labels.to(like.device, torch.long)
-            images_seen += len(labels)
-            for i, logits in enumerate(model(images, routes=[route.id for route in wanted])):
-                sums[i] += _rate(logits, labels)
-            finite = sums[:, 2].isfinite().tolist()
-            if not all(finite):
-                route = wanted[finite.index(False)]
-                raise ValueError(f"logits of route {route.id} ({route}) must be finite")
-    if images_seen == 0:
+    precision = str(like.dtype)
+    if torch.is_autocast_enabled(like.device.type):
+        precision += f" under autocast to {torch.get_autocast_dtype(like.device.type)}"
+    state = model.state_dict()
+    shapes = json.dumps([describe(vit) for vit in (model.small, model.large)])
+    try:
+        batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        batches = None
+    return {
+        "snkernels evaluation": 1,
+        "weights": digest(state.values(), shapes, *state),
+        "precision": precision,
+        "routes": [route.id for route in wanted],
+        "classes": model.small.num_classes,
+        "batches": batches,
+        "order": None if order is None else digest([], repr(order)),
+    }
+
+
+def _found(journal: Journal, routes: int) -> tuple[dict[int, Tally], bool]:
+    """Return the batches that a journal holds, and whether they are all."""
+    done: dict[int, Tally] = {}
+    whole = False
+    for entry in journal.entries:
+        try:
+            if entry.keys() == {"batches"}:
+                whole = True
+                continue
+            tally = Tally(**entry)
+            counts = [len(tally.top1), len(tally.top5), len(tally.loss)]
+        except TypeError:
+            counts = []
+        if counts != [routes] * 3:
+            raise ValueError(f"{journal.path} is damaged: {entry} is no finished batch")
+        done[tally.batch] = tally
+    return done, whole
+
+
+def _measured(
+    model: StitchedViT, wanted: Sequence[ModelRoute], index: int, images: Tensor, labels: Tensor
+) -> Tally:
+    like = next(model.parameters())
+    known = digest([labels])
+    images, labels = images.to(like.device, like.dtype), labels.to(like.device, torch.long)
+    logits = model(images, routes=[route.id for route in wanted])
+    rates = torch.stack([_rate(each, labels) for each in logits]).tolist()
+    for route, (_, _, loss) in zip(wanted, rates, strict=True):
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"logits of route {route.id} ({route}) must be finite, got others in batch {index}"
+            )
+    top1, top5, losses = zip(*rates, strict=True)
+    return Tally(index, len(labels), known, [*map(int, top1)], [*map(int, top5)], list(losses))
+
+
+def _summed(wanted: Sequence[ModelRoute], tallies: Sequence[Tally], classes: int) -> Evaluation:
+    images = sum(tally.images for tally in tallies)
+    if images == 0:
         raise ValueError("loader must give at least one image, got none")
-    means = (sums / images_seen).tolist()
-    top1 = [100 * mean[0] for mean in means]
+    top1 = [100 * sum(t.top1[i] for t in tallies) / images for i in range(len(wanted))]
+    top5 = [100 * sum(t.top5[i] for t in tallies) / images for i in range(len(wanted))]
     front = set(pareto_front([route.flops for route in wanted], top1))
     scores = tuple(
         Score(
             route,
             top1=top1[i],
-            top5=100 * means[i][1] if model.small.num_classes > _TOP else None,
-            loss=means[i][2],
+            top5=top5[i] if classes > _TOP else None,
+            # Rounded once, so that it does not depend on the order of the batches.
+            loss=math.fsum(t.loss[i] for t in tallies) / images,
             on_front=i in front,
         )
         for i, route in enumerate(wanted)
     )
-    return Evaluation(scores, images_seen)
+    return Evaluation(scores, images)
 
 
 def _reach(score: Score) -> str:
@@ -272,25 +396,3 @@ def _wanted(model: StitchedViT, routes: Literal["all"] | Iterable[int]) -> list[
         raise ValueError(f"routes must name at least one route, and each only once, got {ids}")
     known = {route.id: route for route in model.routes}
     return [known[route_id] for route_id in ids]
-
-
-def _checked(batch: Sequence[Any], classes: int) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a batch."""
-    if not isinstance(batch, Sequence) or len(batch) < 2:
-        raise TypeError(f"loader must give (images, labels), got {type(batch).__name__}")
-    images, labels = batch[:2]
-    for name, value in (("images", images), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(f"images must be floating point, got {images.dtype}")
-    if labels.is_floating_point() or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels must be integers of shape ({len(images)},), "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"labels must be in 0–{classes - 1}, got {int(labels.min())}–{int(labels.max())}"
-        )
-    return images, labels
