@@ -196,6 +196,13 @@ def test_a_shorter_stream_is_noticed(model: StitchedViT, file: Path) -> None:
         evaluate(model, give(3), resume=file)
 
 
+def test_no_data_is_not_the_end(model: StitchedViT, whole: Evaluation, file: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at least one image, got none"):
+            evaluate(model, iter([]), resume=file)
+    assert evaluate(model, iter(listed(Digits())), resume=file) == whole
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -326,7 +333,11 @@ def test_two_processes_give_the_result_of_one(
         ),
         "other data": ("ValueError: loader must give the same batches",) * 2,
         "no route": ("RuntimeError: rank 1 failed: ValueError: route id", "ValueError: route id"),
-        "padding": ("ValueError: loader must give the same batches",) * 2,
+        "padding": (
+            "ValueError: loader must give the same batches each time and on all ranks, "
+            "which share them out, so it must have no DistributedSampler",
+        )
+        * 2,
         "empty": ("ValueError: loader must give at least one image",) * 2,
         "foreign": ("ValueError: ", "RuntimeError: rank 0 failed: ValueError: "),
     }

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from snkernels import collectives
 
+_SAME = "loader must give the same batches each time and on all ranks"
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -114,15 +116,14 @@ class Share:
             ValueError: If there are no batches, or others were done.
         """
         self.compare()
+        if self._count == 0:
+            raise ValueError("loader must give at least one image, got none")
         if self._done.keys() != set(range(self._count)):
             other = min(self._done.keys() ^ set(range(self._count)))
             raise ValueError(
                 f"{_SAME}, but it gave {self._count} here, and batch {other} was "
                 f"{'' if other in self._done else 'not '}measured"
             )
-
-
-_SAME = "loader must give the same batches each time and on all ranks"
 
 
 def batch_order(loader: Iterable[Any]) -> list[Any] | None:
@@ -134,8 +135,9 @@ def batch_order(loader: Iterable[Any]) -> list[Any] | None:
         ValueError: If the order is another each time, or another on each rank.
     """
     sampler: Any = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
-        raise ValueError(f"{_SAME}, which are then shared out; its DistributedSampler does not")
+    alone = collectives.world_size() == 1
+    if not alone and isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        raise ValueError(f"{_SAME}, which share them out, so it must have no DistributedSampler")
     # What a subclass makes of its samplers is its own affair.
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return None

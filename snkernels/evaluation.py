@@ -248,28 +248,7 @@ def evaluate(
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
         share = Share(loader, order, model.small.num_classes, done, whole)
-        name = f"evaluation, {len(wanted)} routes: batches"
-        batches = iter(progress_bar(share, name, progress and collectives.rank() == 0))
-        going = True
-        while going:
-            tally, failure = None, None
-            try:
-                batch = next(batches, None)
-                share.compare()
-                tally = None if batch is None else _measured(model, wanted, *batch)
-            except Exception as error:
-                failure = error
-            fresh = [tally for tally in collectives.gather(tally) if tally is not None]
-            done.update((tally.batch, tally) for tally in fresh)
-            going = bool(fresh)
-            with collectives.agreed():
-                # First, so that an error of one rank loses nothing that another has finished.
-                if journal is not None:
-                    journal.append(asdict(tally) for tally in fresh)
-                if failure is not None:
-                    raise failure
-                if not going:
-                    share.close()
+        _measure_all(model, wanted, share, done, journal, progress)
         with collectives.agreed():
             if journal is not None and not whole:
                 journal.append([{"batches": len(done)}])
@@ -323,6 +302,39 @@ def _found(journal: Journal, routes: int) -> tuple[dict[int, Tally], bool]:
     return done, whole
 
 
+def _measure_all(
+    model: StitchedViT,
+    wanted: Sequence[ModelRoute],
+    share: Share,
+    done: dict[int, Tally],
+    journal: Journal | None,
+    progress: bool,
+) -> None:
+    """Measure the batches of the share, and add to what is done those of all ranks."""
+    name = f"evaluation, {len(wanted)} routes: batches"
+    batches = iter(progress_bar(share, name, progress and collectives.rank() == 0))
+    going = True
+    while going:
+        tally, failure = None, None
+        try:
+            batch = next(batches, None)
+            share.compare()
+            tally = None if batch is None else _measured(model, wanted, *batch)
+        except Exception as error:
+            failure = error
+        fresh = [tally for tally in collectives.gather(tally) if tally is not None]
+        done.update((tally.batch, tally) for tally in fresh)
+        going = bool(fresh)
+        with collectives.agreed():
+            # First, so that an error of one rank loses nothing that another has finished.
+            if journal is not None:
+                journal.append(asdict(tally) for tally in fresh)
+            if failure is not None:
+                raise failure
+            if not going:
+                share.close()
+
+
 def _measured(
     model: StitchedViT, wanted: Sequence[ModelRoute], index: int, images: Tensor, labels: Tensor
 ) -> Tally:
@@ -342,8 +354,6 @@ def _measured(
 
 def _summed(wanted: Sequence[ModelRoute], tallies: Sequence[Tally], classes: int) -> Evaluation:
     images = sum(tally.images for tally in tallies)
-    if images == 0:
-        raise ValueError("loader must give at least one image, got none")
     top1 = [100 * sum(t.top1[i] for t in tallies) / images for i in range(len(wanted))]
     top5 = [100 * sum(t.top5[i] for t in tallies) / images for i in range(len(wanted))]
     front = set(pareto_front([route.flops for route in wanted], top1))
