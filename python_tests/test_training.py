@@ -112,7 +112,7 @@ def test_the_forward_goes_through_a_data_parallel_wrapper() -> None:
         ({"distillation": math.nan}, ValueError, r"distillation must be in \[0, 1\], got nan"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
         ({"labels": torch.zeros(3).long()}, ValueError, "got 3 for 4 images"),
-        ({"labels": torch.zeros(4, 7)}, RuntimeError, "size"),
+        ({"labels": torch.zeros(4, 7)}, RuntimeError, "target"),
         ({"images": torch.full((4, 3, 8, 8), math.nan)}, ValueError, "images must be finite"),
         ({"model": nn.Linear(2, 2)}, TypeError, "model must be a StitchedViT, got Linear"),
     ],

@@ -14,6 +14,9 @@ from snkernels.models.blocks import entry_norm
 from snkernels.routing.plan import Blocks, Call, Embed, Gather, Plan, Readout, Switch
 from snkernels.routing.space import Stitch
 
+# Rows that go through blocks together in the memory of a CPU.
+_SLICE = 8
+
 
 def execute(
     plan: Plan,
@@ -35,7 +38,7 @@ def execute(
     run = _Run(plan, anchors, stitch, images)
     for call in plan.calls:
         run.make(call)
-    logits = run.outputs[0] if len(run.outputs) == 1 else torch.cat(run.outputs)
+    logits = _joined(run.outputs)
     if plan.order == range(len(logits)):
         return logits
     return logits.index_select(0, torch.tensor(plan.order, device=logits.device))
@@ -46,6 +49,19 @@ class _Tokens(NamedTuple):
 
     h: Tensor
     normed: Tensor | None = None
+
+    def slices(self, vit: Anchor) -> list[_Tokens]:
+        """Return what can go through blocks one after another, all at once where it cannot.
+
+        A CPU's cache holds what lies between the GEMMs of a few images, and its allocator keeps
+        buffers of that size, where it would ask the system for larger ones each time anew.  In
+        training each branch draws its masks for all rows.
+        """
+        count = -(-len(self.h) // _SLICE)
+        if count == 1 or self.h.device.type != "cpu" or vit.training or torch.is_grad_enabled():
+            return [self]
+        normed = [None] * count if self.normed is None else self.normed.tensor_split(count)
+        return list(map(_Tokens, self.h.tensor_split(count), normed))
 
 
 class _Run:
@@ -77,11 +93,13 @@ class _Run:
                 self.tokens[out] = _Tokens(embed(self.anchors[anchor], images))
             case Blocks(anchor, start, stop, value):
                 vit = self.anchors[anchor]
-                h, normed = self.tokens.pop(value)
+                parts = self.tokens.pop(value).slices(vit)
                 if stop < len(vit.blocks):
-                    self.tokens[value] = _Tokens(run_blocks(vit, h, start, stop, normed))
+                    outs = [run_blocks(vit, h, start, stop, normed) for h, normed in parts]
+                    self.tokens[value] = _Tokens(_joined(outs))
                 else:
-                    self.logits[value] = finish(vit, h, start, normed)
+                    outs = [finish(vit, h, start, normed) for h, normed in parts]
+                    self.logits[value] = _joined(outs)
             case Switch(stitch, block, rows, out, last):
                 source = self.tokens.pop(rows.value) if last else self.tokens[rows.value]
                 h = source.h[rows.start : rows.stop]
@@ -97,3 +115,7 @@ class _Run:
                 self.tokens[out] = _Tokens(h)
             case Readout(value=value):
                 self.outputs.append(self.logits.pop(value))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
