@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from device import DEVICE
 from torch import Tensor
 
-from snkernels.ops import residual_layer_norm, stitch, stitch_layer_norm
+from snkernels.ops import (
+    StitchGroup,
+    multi_stitch,
+    multi_stitch_layer_norm,
+    residual_layer_norm,
+    stitch,
+    stitch_layer_norm,
+)
 
 Tensors = dict[str, Tensor]
 EPS = 1e-6
@@ -43,7 +50,7 @@ class Op:
     """``call`` and ``eager`` take the tensors by name and the scaling, and return a tuple.
 
     ``tokens`` names the tensor that decides the dtype, ``vectors`` the optional ones of the output
-    width, ``others`` the optional ones that come and go together.
+    width, ``others`` the optional ones that come and go together, and ``library`` the op that runs.
     """
 
     call: Callable[[Tensors, float], tuple[Tensor, ...]]
@@ -51,6 +58,7 @@ class Op:
     tokens: str
     vectors: tuple[str, ...]
     others: tuple[str, ...]
+    library: str
 
 
 def _stitch(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
@@ -84,6 +92,37 @@ def _eager_stitch_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
     (y,) = _eager_stitch(t, scaling)
     affine = (t[name].to(y.dtype) if name in t else None for name in ("norm_weight", "norm_bias"))
     return y, F.layer_norm(y, y.shape[-1:], *affine, EPS)
+
+
+def _in_groups(t: Tensors) -> tuple[list[int], list[Tensors]]:
+    """Offsets and parameters of three groups: t's own, an empty one, t's in another order."""
+    rows = t["x"].shape[0]
+    own = {name: value for name, value in t.items() if name != "x"}
+    other = {name: value.flip(0) for name, value in own.items()}
+    return [0, rows // 3, rows // 3, rows], [own, own, other]
+
+
+def _multi_stitch(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    offsets, groups = _in_groups(t)
+    return (multi_stitch(t["x"], offsets, [StitchGroup(**g, scaling=scaling) for g in groups]),)
+
+
+def _multi_stitch_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+    offsets, groups = _in_groups(t)
+    groups = [StitchGroup(**g, scaling=scaling) for g in groups]
+    return multi_stitch_layer_norm(t["x"], offsets, groups, EPS)
+
+
+def _each_group(eager: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(t: Tensors, scaling: float) -> tuple[Tensor, ...]:
+        offsets, groups = _in_groups(t)
+        parts = [
+            eager(group | {"x": t["x"][start:stop]}, scaling)
+            for group, start, stop in zip(groups, offsets, offsets[1:], strict=False)
+        ]
+        return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+    return run
 
 
 SAMPLES = 5  # of drop_path_scale, which has one value for each
@@ -121,23 +160,40 @@ def _eager_residual_layer_norm(t: Tensors, scaling: float) -> tuple[Tensor, ...]
 
 LOW_RANK = ("lora_A", "lora_B")
 STITCHES = {
-    "stitch": Op(_stitch, _eager_stitch, "x", ("bias",), LOW_RANK),
+    "stitch": Op(_stitch, _eager_stitch, "x", ("bias",), LOW_RANK, "stitch"),
     "stitch_layer_norm": Op(
         _stitch_layer_norm,
         _eager_stitch_layer_norm,
         "x",
         ("bias", "norm_weight", "norm_bias"),
         LOW_RANK,
+        "stitch_layer_norm",
     ),
 }
-OPS = STITCHES | {
+GROUPED = {
+    "multi_stitch": Op(
+        _multi_stitch, _each_group(_eager_stitch), "x", ("bias",), LOW_RANK, "multi_stitch"
+    ),
+    "multi_stitch_layer_norm": Op(
+        _multi_stitch_layer_norm,
+        _each_group(_eager_stitch_layer_norm),
+        "x",
+        ("bias", "norm_weight", "norm_bias"),
+        LOW_RANK,
+        "multi_stitch",
+    ),
+}
+OPS = {
+    **STITCHES,
+    **GROUPED,
     "residual_layer_norm": Op(
         _residual_layer_norm,
         _eager_residual_layer_norm,
         "h",
         ("layer_scale", "norm_weight", "norm_bias"),
         ("drop_path_scale",),
-    )
+        "residual_layer_norm",
+    ),
 }
 
 
@@ -192,6 +248,7 @@ def run(
         [o for o, _ in differentiable],
         [leaves[name] for name in names],
         [w for _, w in differentiable],
+        materialize_grads=True,  # of no rows no group has any
     )
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     return results | {f"grad of {name}": grad for name, grad in zip(names, grads, strict=True)}

@@ -49,7 +49,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def op_of(request: pytest.FixtureRequest) -> str:
     """The op that a test is about: its parameter, or else its module's only one."""
     tested = request.node.callspec.params.values()
-    names = [name for name, op in OPS.items() if op in tested]
+    names = [op.library for op in OPS.values() if op in tested]
     return names[0] if names else request.module.OP
 
 

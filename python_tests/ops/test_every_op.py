@@ -214,8 +214,29 @@ def test_a_second_derivative_is_refused(op: Op, backend: str) -> None:
     (grad,) = torch.autograd.grad(
         op.call(tensors, 0.25)[0].square().sum(), [tensors[op.tokens]], create_graph=True
     )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=f"^{op.library} is differentiable once"):
         grad.sum().backward()
+
+
+def test_transforms_are_refused(op: Op) -> None:
+    """Those that an op without a gradient would run through, and get zeros of, too."""
+    tensors = make(op, Shape(6, 5, 4, 2), torch.float32)
+    tokens = tensors[op.tokens]
+
+    def of(value: torch.Tensor) -> torch.Tensor:
+        return op.call(tensors | {op.tokens: value}, 0.25)[0]
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens, tokens)
+        with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+            of(dual)
+    for transformed in (
+        lambda: torch.func.grad(lambda value: of(value).sum())(tokens),
+        lambda: torch.func.vmap(of)(tokens[None]),
+        lambda: torch.func.jvp(of, (tokens,), (tokens,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func transforms .* the ops of snkernels"):
+            transformed()
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -267,6 +288,16 @@ def test_bad_stitches(stitch_op: Op, change: dict, message: str) -> None:
         stitch_op.call(tensors, 0.25)
 
 
-def test_scaling_that_is_no_number(stitch_op: Op) -> None:
-    with pytest.raises(ValueError, match="scaling must be a number"):
-        stitch_op.call(make(stitch_op, MIDDLE, torch.float32), float("nan"))
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "1"])
+def test_scaling_that_is_no_number(op: Op, scaling: float) -> None:
+    if op.tokens == "x":
+        with pytest.raises(ValueError, match=f"scaling must be a finite number.*{scaling}"):
+            op.call(make(op, MIDDLE, torch.float32), scaling)
+
+
+def test_eps_that_is_no_number(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
+    monkeypatch.setattr("cases.EPS", float("nan"))
+    tensors = make(op, MIDDLE, torch.float32)
+    if "norm_weight" in tensors:
+        with pytest.raises(ValueError, match=r"eps must be a finite number.*nan"):
+            op.call(tensors, 0.25)

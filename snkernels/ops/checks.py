@@ -1,7 +1,11 @@
 """Argument checks that ops share: messages name the argument, what it was, what it must be."""
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_stitch(
@@ -27,8 +31,13 @@ def check_stitch(
     check_tensor("lora_A", lora_A, x, (None, in_features))
     if lora_A is not None:
         check_tensor("lora_B", lora_B, x, (out_features, lora_A.shape[0]))
-    if scaling != scaling:
-        raise ValueError("scaling must be a number, but it is NaN")
+    check_number("scaling", scaling)
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises unless ``value`` is a finite real number."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, but it is {value!r}")
 
 
 def check_tensor(
@@ -62,7 +71,13 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def check_input(x: Tensor, name: str = "x") -> None:
-    """Raises unless ``x`` is a tensor of a dtype that ops compute in."""
+    """Raises unless ``x`` is a tensor of a dtype that ops compute in, outside all transforms."""
+    # Called without a gradient an op would pass them by, with zeros for the tangents of jvp.
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "torch.func transforms (grad, vmap, jvp, …) and forward-mode differentiation do not "
+            "reach through the ops of snkernels: use backward() or torch.autograd.grad"
+        )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is {type(x).__name__}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -2,21 +2,27 @@
 
 Each stitch has its own full W, unlike the adapters of multi-LoRA serving, so this is a ragged
 grouped GEMM. Parameters come one tensor each, never stacked: an optimizer must be able to skip a
-stitch that was not drawn.
+stitch that was not drawn. So a group that the host knows to be empty never reaches the library op.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import check_input, check_stitch, check_tensor
-from snkernels.ops.library import autocast_dtype, register, without_autocast
+from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.checks import check_input, check_number, check_stitch, check_tensor
+from snkernels.ops.library import (
+    autocast_dtype,
+    needs_grad,
+    register,
+    without_autocast,
+)
 from snkernels.ops.stitch import empty_grads, spread
 
 Optionals = Sequence[Tensor | None]
@@ -38,7 +44,7 @@ class StitchGroup(NamedTuple):
     scaling: float = 1.0
 
 
-TENSORS = 6  # of a group; the scaling comes after them
+TENSORS: Final = 6  # of a group; the scaling comes after them
 
 
 def _fake(
@@ -71,6 +77,26 @@ def _fake_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return empty_grads((x, *tensors), needs)
+
+
+def _check_rising(offsets: Sequence[int], rows: int) -> None:
+    """Raises unless offsets rise from 0 to the number of rows."""
+    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in itertools.pairwise(offsets)):
+        raise ValueError(
+            f"group_offsets must rise from 0 to the {rows} rows of x, but they are {list(offsets)}"
+        )
+
+
+def _checked(forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """For every backend: compiled code comes with offsets that nobody looked at."""
+
+    @functools.wraps(forward)
+    def run(x: Tensor, group_offsets: Tensor, *rest: Any) -> Outputs:
+        if group_offsets.is_cpu:
+            _check_rising(group_offsets.tolist(), x.shape[0])
+        return forward(x, group_offsets, *rest)
+
+    return run
 
 
 def _groups(
@@ -196,10 +222,12 @@ register(
     " int out_features, bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations={
-        "torch": without_autocast(
-            _one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm))
+        "torch": _checked(
+            without_autocast(
+                _one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm))
+            )
         ),
-        "cpu": _one_by_one(native.stitch_forward, native.stitch_layer_norm_forward),
+        "cpu": _checked(_one_by_one(native.stitch_forward, native.stitch_layer_norm_forward)),
     },
 )
 register(
@@ -239,7 +267,7 @@ class _MultiStitch(torch.autograd.Function):
         return y, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("multi_stitch")
     def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
         x, group_offsets, y, mean, rstd, *tensors = ctx.saved_tensors
         if not ctx.normalize:
@@ -247,11 +275,8 @@ class _MultiStitch(torch.autograd.Function):
         if grad_y is None and grad_normed is None:
             return (None,) * len(ctx.needs_input_grad)
         need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        present = _present(group_offsets)
         used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
-        needs = [need_x]
-        for i, need in enumerate(need_tensors):
-            needs.append(need and present[i // TENSORS] and used[i % TENSORS])
+        needs = [need_x, *(need and used[i % TENSORS] for i, need in enumerate(need_tensors))]
         grads = torch.ops.snkernels.multi_stitch_backward(
             grad_y, grad_normed, x, group_offsets, tensors, ctx.scalings, y, mean, rstd, needs
         )
@@ -259,16 +284,9 @@ class _MultiStitch(torch.autograd.Function):
         return grad_x, None, None, None, None, None, *grad_tensors
 
 
-def _present(group_offsets: Tensor) -> list[bool]:
-    """Which groups have rows; where only a GPU knows, all of them."""
-    if group_offsets.is_cuda or torch.compiler.is_compiling():
-        return [True] * (group_offsets.shape[0] - 1)
-    return (group_offsets[1:] > group_offsets[:-1]).tolist()
-
-
 def _multi_stitch(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | Sequence[int],
     groups: Sequence[StitchGroup],
     normalize: bool,
     eps: float = 0.0,
@@ -292,54 +310,89 @@ def _multi_stitch(
             check_tensor("norm_bias", group.norm_bias, x, (out_features,))
         except (TypeError, ValueError) as error:
             raise type(error)(f"groups[{i}]: {error}") from None
-    _check_offsets(group_offsets, x, len(groups))
-    tensors = [tensor for group in groups for tensor in group[:TENSORS]]
-    return _MultiStitch.apply(
+    check_number("eps", eps)
+    offsets, groups = _where_rows_are(group_offsets, x, groups)
+    tensors: list[Tensor | None] = []
+    for group in groups:
+        tensors += _without_rank_zero(group)[:TENSORS]
+    arguments = (
         x.to(autocast_dtype(x.device.type, x.dtype)),
-        group_offsets,
+        offsets,
         tuple(float(group.scaling) for group in groups),
         out_features,
         normalize,
         float(eps),
-        *tensors,
     )
+    if needs_grad(x, *tensors):
+        return _MultiStitch.apply(*arguments, *tensors)
+    x, offsets, *rest = arguments
+    return torch.ops.snkernels.multi_stitch(x, offsets, tensors, *rest)[:2]
 
 
-def _check_offsets(group_offsets: Tensor, x: Tensor, groups: int) -> None:
-    if not isinstance(group_offsets, Tensor) or group_offsets.dtype != torch.int64:
-        kind = getattr(group_offsets, "dtype", type(group_offsets).__name__)
-        raise TypeError(f"group_offsets must be an int64 tensor, but it is {kind}")
-    if group_offsets.shape != (groups + 1,):
+def _without_rank_zero(group: StitchGroup) -> StitchGroup:
+    if group.lora_A is None or group.lora_A.shape[0]:
+        return group
+    return group._replace(lora_A=None, lora_B=None)
+
+
+def _where_rows_are(
+    group_offsets: Tensor | Sequence[int], x: Tensor, groups: Sequence[StitchGroup]
+) -> tuple[Tensor, Sequence[StitchGroup]]:
+    """The offsets as a tensor, and the groups; only those with rows, where the host can tell."""
+    size = len(groups) + 1
+    if isinstance(group_offsets, Tensor):
+        if group_offsets.dtype != torch.int64:
+            raise TypeError(f"group_offsets must be int64, but they are {group_offsets.dtype}")
+        if group_offsets.device != x.device and not group_offsets.is_cpu:
+            raise ValueError(
+                f"group_offsets must be on {x.device}, where x is, or in CPU memory, "
+                f"but they are on {group_offsets.device}"
+            )
+        shape = tuple(group_offsets.shape)
+    else:
+        if not all(isinstance(offset, int) for offset in group_offsets):
+            raise TypeError(
+                f"group_offsets must be an int64 tensor or integers, but are {group_offsets!r}"
+            )
+        shape = (len(group_offsets),)
+    if shape != (size,):
         raise ValueError(
-            f"group_offsets must have shape ({groups + 1},) for {groups} groups, "
-            f"but it has {tuple(group_offsets.shape)}"
+            f"group_offsets must have shape ({size},) for {size - 1} groups, but they have {shape}"
         )
-    if group_offsets.device != x.device:
-        raise ValueError(
-            f"group_offsets must be on {x.device}, where x is, but is on {group_offsets.device}"
-        )
-    if group_offsets.is_cuda or torch.compiler.is_compiling():
-        return  # looking at the values would wait for the GPU; its kernels stay within the rows
-    values = group_offsets.tolist()
-    if values[0] != 0 or values[-1] != x.shape[0] or values != sorted(values):
-        raise ValueError(
-            f"group_offsets must rise from 0 to the {x.shape[0]} rows of x, but they are {values}"
-        )
+    if not isinstance(group_offsets, Tensor):
+        offsets = list(group_offsets)
+    elif group_offsets.is_cpu and not torch.compiler.is_compiling():
+        offsets = group_offsets.tolist()
+    else:
+        return group_offsets, groups  # a GPU's kernels stay within the rows whatever they say
+    _check_rising(offsets, x.shape[0])
+    present = [i for i, (start, stop) in enumerate(itertools.pairwise(offsets)) if start < stop]
+    if len(present) == len(groups) and isinstance(group_offsets, Tensor):
+        return group_offsets, groups
+    offsets = [0, *(offsets[i + 1] for i in present)]
+    return torch.tensor(offsets, device="cpu"), [groups[i] for i in present]
 
 
-def multi_stitch(x: Tensor, group_offsets: Tensor, groups: Sequence[StitchGroup]) -> Tensor:
+def multi_stitch(
+    x: Tensor, group_offsets: Tensor | Sequence[int], groups: Sequence[StitchGroup]
+) -> Tensor:
     """Projects each group of rows by its own stitch; see :func:`snkernels.ops.stitch`.
 
     Args:
         x: tokens, (rows, in), float16, bfloat16, float32 or float64, the rows of a group adjacent.
-        group_offsets: (groups + 1,), int64, where x is: group i has rows offsets[i] up to, but not
-            including, offsets[i + 1]. Groups may be empty. On a GPU the values are not looked at,
-            as that would wait for it.
+        group_offsets: groups + 1 integers, or an int64 tensor of them in CPU memory or where x is:
+            group i has rows offsets[i] up to, but not including, offsets[i + 1]. Groups may be
+            empty. Values in a GPU's memory are not looked at, as that would wait for it: a captured
+            graph may change them between replays, and what does not rise from 0 to the number of
+            rows leaves the outputs undefined, though all reads and writes in their places.
         groups: the parameters of each, all of one input and one output width.
 
     Returns:
-        y, (rows, out), in the dtype of x; under autocast in autocast's dtype. A group without rows
-        gets no gradient: None, not zero, where the offsets are in CPU memory.
+        y, (rows, out), in the dtype of x; under autocast in autocast's dtype.
+
+    The parameters of a group without rows get no gradient, None and not zero, so that an optimizer
+    skips them. Where only a GPU knows the offsets, or compiled code has them as a tensor, they get
+    zeros: give integers, which also compiled code knows, where parameters are trained.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.
@@ -348,7 +401,10 @@ def multi_stitch(x: Tensor, group_offsets: Tensor, groups: Sequence[StitchGroup]
 
 
 def multi_stitch_layer_norm(
-    x: Tensor, group_offsets: Tensor, groups: Sequence[StitchGroup], eps: float = 1e-6
+    x: Tensor,
+    group_offsets: Tensor | Sequence[int],
+    groups: Sequence[StitchGroup],
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Projects and normalises each group of rows; see :func:`snkernels.ops.stitch_layer_norm`.
 
@@ -360,6 +416,8 @@ def multi_stitch_layer_norm(
 
     Returns:
         y and LN(y), both (rows, out), in the dtype of x; under autocast in autocast's dtype.
+
+    Gradients are as for :func:`multi_stitch`.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import as_rows, check_input, check_tensor
+from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor
 from snkernels.ops.library import autocast_dtype, needs_grad, register, without_autocast
 from snkernels.ops.stitch import empty_grads, spread
 
@@ -138,7 +138,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("residual_layer_norm")
     def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> Any:
         need_x, need_branch, need_scale, _, *need_norm = ctx.needs_input_grad[:6]
         if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
@@ -193,6 +193,7 @@ def residual_layer_norm(
     check_tensor("drop_path_scale", drop_path_scale, h, (h.shape[0],))
     check_tensor("norm_weight", norm_weight, h, (features,))
     check_tensor("norm_bias", norm_bias, h, (features,))
+    check_number("eps", eps)
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
     dtype = torch.promote_types(h.dtype, branch.dtype)

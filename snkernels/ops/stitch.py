@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
+from snkernels.ops.autograd import differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_stitch
 from snkernels.ops.library import (
     autocast_dtype,
@@ -89,7 +89,7 @@ class _Stitch(torch.autograd.Function):
         return torch.ops.snkernels.stitch(x, weight, bias, lora_A, lora_B, scaling)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("stitch")
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
         grads = torch.ops.snkernels.stitch_backward(grad_y, *ctx.saved_tensors, ctx.scaling, needs)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.checks import as_rows, check_input, check_stitch, check_tensor
+from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.checks import as_rows, check_input, check_number, check_stitch, check_tensor
 from snkernels.ops.library import (
     autocast_dtype,
     needs_grad,
@@ -118,7 +118,7 @@ class _StitchLayerNorm(torch.autograd.Function):
         return y, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("stitch_layer_norm")
     def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
         operands, residuals = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8)]
@@ -175,6 +175,7 @@ def stitch_layer_norm(
     check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
     check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
+    check_number("eps", eps)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
     rows = as_rows(x.to(autocast_dtype(x.device.type, x.dtype)))

@@ -1,0 +1,30 @@
+"""What the ops' thin autograd.Functions share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """As torch's ``once_differentiable``, whose error does not say which op it is about."""
+    message = f"{op} is differentiable once: its gradient cannot be differentiated again"
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            if not any(grad is not None and grad.requires_grad for grad in grads):
+                return found
+            # A node that raises when a second derivative goes through it.
+            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
+            return refuse(*(g if g is None else g.detach().requires_grad_() for g in found))
+
+        return run
+
+    return decorate
