@@ -111,6 +111,20 @@ def test_identity_groups(normalize: bool, backend: str) -> None:
     judge(sizes, normalize, make_groups(sizes, normalize, torch.float32, identity))
 
 
+def test_groups_of_other_ranks_dtypes_and_strides(normalize: bool, backend: str) -> None:
+    sizes = [5, 8, 3, 9]
+    tensors = make_groups(sizes, normalize, torch.float32)
+    for name in ("lora_A", "lora_B"):
+        del tensors[f"0.{name}"]
+    tensors["1.lora_A"], tensors["1.lora_B"] = torch.randn(7, K) / 5, torch.randn(N, 7)
+    tensors["2.weight"] = tensors["2.weight"].t().contiguous().t()
+    tensors["2.bias"] = tensors["2.bias"].half()
+    del tensors["3.bias"]
+    if normalize:
+        del tensors["0.norm_weight"], tensors["1.norm_bias"]
+    judge(sizes, normalize, tensors)
+
+
 def test_groups_without_rows_get_none(normalize: bool, backend: str) -> None:
     sizes = SIZES["with empty ones"]
     tensors = make_groups(sizes, normalize, torch.float32)

@@ -21,6 +21,7 @@ from snkernels.ops.library import (
     autocast_dtype,
     needs_grad,
     register,
+    triton_kernel,
     without_autocast,
 )
 from snkernels.ops.stitch import empty_grads, spread
@@ -228,6 +229,7 @@ register(
             )
         ),
         "cpu": _checked(_one_by_one(native.stitch_forward, native.stitch_layer_norm_forward)),
+        "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_forward")),
     },
 )
 register(
@@ -240,6 +242,7 @@ register(
             _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
         ),
         "cpu": _one_by_one_backward(native.stitch_backward, native.stitch_layer_norm_backward),
+        "triton": triton_kernel("multi_stitch", "multi_stitch_backward"),
     },
 )
 

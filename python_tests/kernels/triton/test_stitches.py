@@ -1,4 +1,4 @@
-"""What the tests of the ops (python_tests/ops) do not show of the two stitches in Triton.
+"""What the tests of the ops (python_tests/ops) do not show of the stitches in Triton.
 
 Off a GPU they run in Triton's interpreter. It takes tiles that a GPU refuses (test_report.py looks
 at those), runs one program after the other, so that no race shows, and computes tf32 as fp32; bf16
@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EPS, STITCHES, Op, Shape, make, run
+from cases import EPS, GROUPED, STITCHES, Op, Shape, make, run
 from device import DEVICE
 from judge import assert_as_exact_as_torch, error
 from test_every_op import judge
@@ -32,7 +32,7 @@ def _triton() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=STITCHES.values(), ids=STITCHES.keys())
+@pytest.fixture(params=(STITCHES | GROUPED).values(), ids=(STITCHES | GROUPED).keys())
 def op(request: pytest.FixtureRequest) -> Op:
     return request.param
 

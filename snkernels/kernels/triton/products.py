@@ -22,6 +22,7 @@ def project_tiles(
     stride_wn,
     stride_wk,
     stride_bias,
+    stride_low,
     stride_bn,
     stride_br,
     PRECISION: tl.constexpr,
@@ -31,7 +32,7 @@ def project_tiles(
 ):
     """Rows ``o_m`` of x wᵀ + low bᵀ + bias, a tuple of TILES tiles of columns from ``o_n`` on.
 
-    Products are in the dtype of x. ``low`` is a contiguous (M, R) matrix in fp32.
+    Products are in the dtype of x. ``low`` is (M, R) in fp32, with adjacent columns.
     """
     BLOCK_N: tl.constexpr = o_n.shape[0]
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -58,7 +59,7 @@ def project_tiles(
 
     if p_low is not None:
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
-        p_low += o_m[:, None] * R + o_r[None, :]
+        p_low += o_m[:, None] * stride_low + o_r[None, :]
         p_b += o_n[None, :] * stride_bn + o_r[:, None] * stride_br
         step_b = tl.cast(stride_br, tl.int64) * BLOCK_R
         tile_b = tl.cast(stride_bn, tl.int64) * BLOCK_N
@@ -82,6 +83,57 @@ def project_tiles(
             sums += (tiles[i] + bias.to(tl.float32)[None, :],)
         tiles = sums
     return tiles
+
+
+@triton.jit
+def outer_tile(
+    p_left,
+    p_right,
+    p_out,
+    start,
+    end,
+    P,
+    Q,
+    stride_lm,
+    stride_lp,
+    stride_rm,
+    stride_rq,
+    stride_op,
+    stride_oq,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Stores the tile program_id(0) of leftᵀ right over rows ``start`` to ``end``, both int64.
+
+    Products are in the dtype of left.
+    """
+    blocks_q = tl.cdiv(Q, BLOCK_Q)
+    pid = tl.program_id(0)
+    o_m = start + tl.arange(0, BLOCK_M)
+    o_p = (pid // blocks_q).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_p = o_p < P
+    m_q = o_q < Q
+    p_left += o_p[:, None] * stride_lp + o_m[None, :] * stride_lm
+    p_right += o_m[:, None] * stride_rm + o_q[None, :] * stride_rq
+    step_left = tl.cast(stride_lm, tl.int64) * BLOCK_M
+    step_right = tl.cast(stride_rm, tl.int64) * BLOCK_M
+
+    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+    for m in range(0, (end - start).to(tl.int32), BLOCK_M):
+        m_m = o_m < end - m
+        left = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
+        right = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
+        if right.dtype == tl.float32:
+            acc = dot_wide_right(acc, left, right, PRECISION)
+        else:
+            acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+        p_left += step_left
+        p_right += step_right
+    p_out += o_p[:, None] * stride_op + o_q[None, :] * stride_oq
+    tl.store(p_out, acc, mask=m_p[:, None] & m_q[None, :])
 
 
 @triton.jit

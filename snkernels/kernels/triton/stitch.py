@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.launch import dot_precision, launch, strides
-from snkernels.kernels.triton.products import dot_wide_right, project_tiles
+from snkernels.kernels.triton.products import outer_tile, project_tiles
 from snkernels.kernels.triton.sums import column_sums, sum_rows
 
 
@@ -70,6 +70,7 @@ def _project_kernel(
         stride_wn,
         stride_wk,
         stride_bias,
+        R,
         stride_bn,
         stride_br,
         PRECISION,
@@ -102,34 +103,27 @@ def _outer_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """out[i] = leftᵀ right over the i-th chunk of rows; products in the dtype of left."""
-    blocks_q = tl.cdiv(Q, BLOCK_Q)
-    pid = tl.program_id(0)
+    """out[i] = leftᵀ right over the i-th chunk of rows."""
     chunk_id = tl.program_id(1).to(tl.int64)
-    o_m = chunk_id * chunk + tl.arange(0, BLOCK_M)
-    o_p = (pid // blocks_q).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_p = o_p < P
-    m_q = o_q < Q
-    end = tl.minimum((chunk_id + 1) * chunk, M)
-    p_left += o_p[:, None] * stride_lp + o_m[None, :] * stride_lm
-    p_right += o_m[:, None] * stride_rm + o_q[None, :] * stride_rq
-    step_left = tl.cast(stride_lm, tl.int64) * BLOCK_M
-    step_right = tl.cast(stride_rm, tl.int64) * BLOCK_M
-
-    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-    for m in range(0, chunk, BLOCK_M):
-        m_m = o_m < end - m
-        left = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
-        right = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
-        if right.dtype == tl.float32:
-            acc = dot_wide_right(acc, left, right, PRECISION)
-        else:
-            acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
-        p_left += step_left
-        p_right += step_right
-    p_out += chunk_id * P * Q + o_p[:, None] * stride_op + o_q[None, :] * stride_oq
-    tl.store(p_out, acc, mask=m_p[:, None] & m_q[None, :])
+    outer_tile(
+        p_left,
+        p_right,
+        p_out + chunk_id * P * Q,
+        chunk_id * chunk,
+        tl.minimum((chunk_id + 1) * chunk, M),
+        P,
+        Q,
+        stride_lm,
+        stride_lp,
+        stride_rm,
+        stride_rq,
+        stride_op,
+        stride_oq,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_P,
+        BLOCK_Q,
+    )
 
 
 def project(

@@ -77,6 +77,7 @@ def _row_kernel(
         stride_wn,
         stride_wk,
         stride_bias,
+        R,
         stride_bn,
         stride_br,
         PRECISION,
@@ -84,12 +85,51 @@ def _row_kernel(
         BLOCK_R,
         TILES,
     )
+    store_rows(
+        tiles,
+        p_y,
+        p_normed,
+        p_mean,
+        p_rstd,
+        p_gamma,
+        p_beta,
+        o_m,
+        o_n,
+        M,
+        N,
+        eps,
+        stride_gamma,
+        stride_beta,
+        TILES,
+    )
+
+
+@triton.jit
+def store_rows(
+    tiles,
+    p_y,
+    p_normed,
+    p_mean,
+    p_rstd,
+    p_gamma,
+    p_beta,
+    o_m,
+    o_n,
+    M,
+    N,
+    eps,
+    stride_gamma,
+    stride_beta,
+    TILES: tl.constexpr,
+):
+    """Stores whole rows of y, held as tiles, of LN(y) and of its statistics."""
+    BLOCK_N: tl.constexpr = o_n.shape[0]
     dtype = p_y.dtype.element_ty
     m_m = o_m[:, None] < M
     p_y += o_m[:, None] * N
     p_normed += o_m[:, None] * N
     y = ()
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([o_m.shape[0]], tl.float32)
     for i in tl.static_range(TILES):
         columns = o_n + i * BLOCK_N
         y += (tiles[i].to(dtype),)
@@ -97,7 +137,7 @@ def _row_kernel(
         total += tl.sum(y[i].to(tl.float32), 1)
         tl.store(p_y + columns[None, :], y[i], mask=m_m & (columns[None, :] < N))
     mean = total / N
-    squares = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([o_m.shape[0]], tl.float32)
     for i in tl.static_range(TILES):
         centred = y[i].to(tl.float32) - mean[:, None]
         squares += tl.sum(tl.where(o_n[None, :] + i * BLOCK_N < N, centred * centred, 0.0), 1)

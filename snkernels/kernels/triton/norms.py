@@ -1,0 +1,42 @@
+"""LayerNorm of rows that are held in registers, forward and backward, as kernels share it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalize(y, m_n, N, eps):
+    """Makes ((y - mean) / σ, mean, 1/σ) of whole rows, two-pass; y is fp32 and zero past N."""
+    mean = tl.sum(y, 1) / N
+    centred = tl.where(m_n[None, :], y - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + eps)
+    return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def columns(p_vector, o_n, N, stride, ABSENT: tl.constexpr):
+    """Values ``o_n`` of a vector as a row in fp32; ABSENT where it is None."""
+    if p_vector is None:
+        return ABSENT
+    else:
+        return tl.load(p_vector + o_n * stride, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta):
+    """Columns ``o_n`` of normed · gamma + beta, of which either may be None."""
+    gamma = columns(p_gamma, o_n, N, stride_gamma, 1.0)
+    return normed * gamma + columns(p_beta, o_n, N, stride_beta, 0.0)
+
+
+@triton.jit
+def normalize_backward(weighted, y, mean, rstd, mask, N):
+    """Makes (the gradient of y, y normalised) of whole rows, in fp32.
+
+    ``weighted`` is the gradient of the normalised rows; it and y are zero outside ``mask``.
+    """
+    normalized = tl.where(mask, (y - mean[:, None]) * rstd[:, None], 0.0)
+    along_mean = tl.sum(weighted, 1) / N
+    along_normalized = tl.sum(weighted * normalized, 1) / N
+    grad = weighted - along_mean[:, None] - normalized * along_normalized[:, None]
+    return rstd[:, None] * grad, normalized
