@@ -199,10 +199,11 @@ def test_set_base() -> None:
         ((0, 4, 1), "in_features must be at least 1, but it is 0"),
         ((4, -1, 1), "out_features must be at least 1, but it is -1"),
         ((4, 4, -1), "rank must be at least 0, but it is -1"),
+        ((4, 4, float("nan")), "rank must be an integer, but it is nan"),
     ],
 )
 def test_bad_sizes(sizes: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         StitchingLayer(*sizes)
 
 

@@ -1,6 +1,7 @@
 """Drop-in layers on the ops, with the state-dict keys and shapes of the official SN-Netv2 layer."""
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class LowRankProjection(nn.Module):
             ("out_features", out_features, 1),
             ("rank", rank, 0),
         ):
+            if not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name} must be an integer, but it is {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, but it is {value}")
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -98,7 +101,7 @@ class StitchingLayer(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: a width below 1 or a negative rank.
+        TypeError, ValueError: a width or rank that is no integer, a width below 1, a negative rank.
     """
 
     def __init__(
@@ -111,11 +114,11 @@ class StitchingLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.scaling = 1.0 / rank if rank else 1.0
         self.transform = LowRankProjection(
             in_features, out_features, rank, device=device, dtype=dtype
         )
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.scaling = 1.0 / rank if rank else 1.0
         self._merged: _Merged | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -385,9 +385,10 @@ def multi_stitch(
         x: tokens, (rows, in), float16, bfloat16, float32 or float64, the rows of a group adjacent.
         group_offsets: groups + 1 integers, or an int64 tensor of them in CPU memory or where x is:
             group i has rows offsets[i] up to, but not including, offsets[i + 1]. Groups may be
-            empty. Values in a GPU's memory are not looked at, as that would wait for it: a captured
-            graph may change them between replays, and what does not rise from 0 to the number of
-            rows leaves the outputs undefined, though all reads and writes in their places.
+            empty. The kernels do not look at values in a GPU's memory before they run, as that
+            would wait for it (the torch backend, a loop, has to): a captured graph may change them
+            between replays. Wrong ones leave the outputs undefined, but are never followed outside
+            the rows of x.
         groups: the parameters of each, all of one input and one output width.
 
     Returns:
