@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,14 @@ def execute(
     logits = _joined(run.outputs)
     if plan.order == range(len(logits)):
         return logits
-    return logits.index_select(0, torch.tensor(plan.order, device=logits.device))
+    return logits.index_select(0, _indices(plan.order, logits.device))
+
+
+@lru_cache(maxsize=512)
+def _indices(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return indices of a plan on a device, where a second run need not wait for a copy."""
+    with torch.inference_mode(False):  # a tensor of inference could not be used in training
+        return torch.tensor(values, device=device)
 
 
 class _Tokens(NamedTuple):
@@ -89,7 +97,7 @@ class _Run:
                 if isinstance(samples, range):
                     images = self.images[samples.start : samples.stop]
                 else:
-                    images = self.images[list(samples)]
+                    images = self.images.index_select(0, _indices(samples, self.images.device))
                 self.tokens[out] = _Tokens(embed(self.anchors[anchor], images))
             case Blocks(anchor, start, stop, value):
                 vit = self.anchors[anchor]

@@ -25,6 +25,7 @@ from snkernels.models.anchors import (
     readout_parameters,
     vit_shape,
 )
+from snkernels.models.capture import CapturedForward
 from snkernels.models.executor import execute
 from snkernels.models.least_squares import cut_moments, solve
 from snkernels.models.selection import Offer, Selection, check_scores, choose
@@ -303,6 +304,48 @@ class StitchedViT(nn.Module):
         The least-squares weights of the stitches are frozen, as is what the caller has frozen.
         """
         yield from (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def capture(
+        self,
+        batch_size: int,
+        stitch: int | Sequence[int] | None = None,
+        *,
+        routes: Literal["all"] | Sequence[int] | None = None,
+        max_rows: int | None = None,
+    ) -> CapturedForward:
+        """Capture a forward of the model in eval mode as a CUDA graph; it never ran on a GPU yet.
+
+        What is captured runs in inference mode, under the autocast of the moment.  Graphs of one
+        model share one pool of memory.
+
+        Args:
+            batch_size: Images of every call.
+            stitch: See ``forward``; None takes ``default_route``.
+            routes: See ``forward``.
+            max_rows: See ``forward``.
+
+        Returns:
+            A callable from images to logits; see ``CapturedForward``.
+
+        Raises:
+            ValueError: If ``batch_size`` is below 1, or for what ``forward`` refuses.
+            RuntimeError: If the model is in training mode, or on a device without CUDA graphs.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if self.training:
+            raise RuntimeError("a model must be in eval mode to be captured, it is in training")
+        like = next(self.small.parameters())
+        if like.device.type != "cuda":
+            raise RuntimeError(
+                f"capture needs CUDA graphs, and the model is on device {str(like.device)!r}"
+            )
+        patch_embed = self.small.patch_embed
+        channels = patch_embed.proj.weight.shape[1]
+        with torch.cuda.device(like.device):
+            images = like.new_zeros(batch_size, channels, *patch_embed.img_size)
+            arguments = {"stitch": stitch, "routes": routes, "max_rows": max_rows}
+            return CapturedForward(self, images, arguments)
 
     def compile_blocks(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile attention and MLP of every block, in place, when each is first called.

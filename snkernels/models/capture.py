@@ -1,0 +1,83 @@
+"""CUDA graphs of a model's forward: one launch where there were hundreds.
+
+None of this has run on a GPU yet; on a CPU its logic is tested with a stand-in for the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+# Graphs of one model take turns, so what they compute in between may lie in one place.
+_POOLS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+class CapturedForward:
+    """A forward of fixed shape and routes, which each call replays.
+
+    A replay reads the parameters where they were when it was captured: what an optimizer step or
+    ``load_state_dict`` writes into them is seen, and where one was moved or replaced the next call
+    raises.  Graphs of one model share their memory and must not be replayed on two streams at once.
+
+    Args:
+        model: On a CUDA device.
+        images: Images of the shape, dtype and device that every call will have; their values do
+            not matter, but they are written over.
+        arguments: What else ``model`` is called with.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, arguments: dict[str, Any]) -> None:
+        self._images = images
+        self._parameters = [
+            (owner._parameters, name, f"{prefix}.{name}", parameter.data_ptr())
+            for prefix, owner in model.named_modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+        with torch.inference_mode():
+            self._replay, self._logits = _record(lambda: model(self._images, **arguments), model)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the logits of images, as the model would.
+
+        Args:
+            images: Of the shape that was captured; copied, and cast to its dtype, into the graph's
+                own buffer.
+
+        Raises:
+            ValueError: If images have another shape.
+            RuntimeError: If a parameter was moved since; capture again.
+        """
+        if images.shape != self._images.shape:
+            raise ValueError(
+                f"images must have shape {tuple(self._images.shape)}, as captured, "
+                f"got {tuple(images.shape)}"
+            )
+        for owner, name, path, pointer in self._parameters:
+            parameter = owner[name]
+            if parameter is None or parameter.data_ptr() != pointer:
+                raise RuntimeError(f"{path} was moved since the forward was captured: capture anew")
+        with torch.inference_mode():
+            self._images.copy_(images)
+            self._replay()
+        return self._logits.clone()
+
+
+def _record(call: Callable[[], Tensor], model: nn.Module) -> tuple[Callable[[], None], Tensor]:
+    """Capture a call; return its replay, and the output that each replay fills."""
+    if model not in _POOLS:
+        _POOLS[model] = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is compiled, planned or allocated once must not be captured
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_POOLS[model], stream=stream):
+        logits = call()
+    return graph.replay, logits
