@@ -1,10 +1,12 @@
 // snkernels._C: the compiled kernels, called with integers for pointers. Shapes, number formats and
 // devices are checked in Python (snkernels/kernels/native.py); nothing is checked again here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 #ifdef SNK_WITH_CUDA
@@ -30,6 +32,30 @@ struct type_caster<snk::View> {
     }
     value = {reinterpret_cast<void*>(field[0]), snk::DType(field[1]), field[2], field[3], field[4],
              field[5]};
+    return true;
+  }
+};
+
+// A StitchGroup is a tuple of its members in order; the gradients at its end may be left out.
+template <>
+struct type_caster<snk::cpu::StitchGroup> {
+  PYBIND11_TYPE_CASTER(snk::cpu::StitchGroup, const_name("tuple"));
+
+  bool load(handle source, bool convert) {
+    snk::View* const views[] = {
+        &value.weight,      &value.bias,        &value.lora_A,      &value.lora_B,
+        &value.norm_weight, &value.norm_bias,   &value.grad_weight, &value.grad_bias,
+        &value.grad_lora_A, &value.grad_lora_B, &value.grad_norm_weight, &value.grad_norm_bias};
+    const auto members = reinterpret_borrow<tuple>(source);
+    if (members.size() != 9 && members.size() != 15) return false;
+    value.first = members[0].cast<int64_t>();
+    value.last = members[1].cast<int64_t>();
+    value.scaling = members[2].cast<float>();
+    for (size_t i = 3; i < members.size(); ++i) {
+      type_caster<snk::View> view;
+      if (!view.load(members[i], convert)) return false;
+      *views[i - 3] = view;
+    }
     return true;
   }
 };
@@ -61,37 +87,18 @@ void bind_cpu(py::module_& m) {
     if (!use_isa(name.c_str())) throw py::value_error("this machine cannot run " + name);
   }, "Makes the CPU kernels use another instruction set.");
 
-  m.def("stitch_forward", [](View x, View weight, View bias, View lora_A, View lora_B,
-                             float scaling, View y, int threads) {
-    run_cpu(kernels().stitch_forward,
-            StitchForward{x, weight, bias, lora_A, lora_B, scaling, y, threads});
+  m.def("stitch_forward", [](View x, const std::vector<StitchGroup>& groups, float eps, View y,
+                             View normed, View mean, View rstd, int threads) {
+    run_cpu(kernels().stitch_forward, StitchForward{x, groups.data(), int64_t(groups.size()), eps,
+                                                    y, normed, mean, rstd, threads});
   });
-  m.def("stitch_backward", [](View grad_y, View x, View weight, View lora_A, View lora_B,
-                              float scaling, View grad_x, View grad_weight, View grad_bias,
-                              View grad_lora_A, View grad_lora_B, int threads) {
+  m.def("stitch_backward", [](View grad_y, View grad_normed, View x,
+                              const std::vector<StitchGroup>& groups, View y, View mean, View rstd,
+                              View grad_x, int threads) {
     run_cpu(kernels().stitch_backward,
-            StitchBackward{grad_y, x, weight, lora_A, lora_B, scaling, grad_x, grad_weight,
-                           grad_bias, grad_lora_A, grad_lora_B, threads});
+            StitchBackward{grad_y, grad_normed, x, groups.data(), int64_t(groups.size()), y, mean,
+                           rstd, grad_x, threads});
   });
-  m.def("stitch_layer_norm_forward", [](View x, View weight, View bias, View lora_A, View lora_B,
-                                        float scaling, View norm_weight, View norm_bias, float eps,
-                                        View y, View normed, View mean, View rstd, int threads) {
-    run_cpu(kernels().stitch_layer_norm_forward,
-            StitchLayerNormForward{{x, weight, bias, lora_A, lora_B, scaling, y, threads},
-                                   norm_weight, norm_bias, eps, normed, mean, rstd});
-  });
-  m.def("stitch_layer_norm_backward",
-        [](View grad_y, View grad_normed, View x, View weight, View lora_A, View lora_B,
-           float scaling, View y, View mean, View rstd, View norm_weight, View grad_x,
-           View grad_weight, View grad_bias, View grad_lora_A, View grad_lora_B,
-           View grad_norm_weight, View grad_norm_bias, int threads) {
-          run_cpu(kernels().stitch_layer_norm_backward,
-                  StitchLayerNormBackward{{grad_y, x, weight, lora_A, lora_B, scaling, grad_x,
-                                           grad_weight, grad_bias, grad_lora_A, grad_lora_B,
-                                           threads},
-                                          grad_normed, y, mean, rstd, norm_weight,
-                                          grad_norm_weight, grad_norm_bias});
-        });
   m.def("residual_layer_norm_forward",
         [](View h, View branch, View layer_scale, View drop_path_scale, int64_t rows_per_scale,
            View norm_weight, View norm_bias, float eps, View sum, View normed, View mean, View rstd,

@@ -7,15 +7,11 @@
   namespace snk::cpu::isa {                                              \
   Status stitch_forward(const StitchForward&);                           \
   Status stitch_backward(const StitchBackward&);                         \
-  Status stitch_layer_norm_forward(const StitchLayerNormForward&);       \
-  Status stitch_layer_norm_backward(const StitchLayerNormBackward&);     \
   Status residual_layer_norm_forward(const ResidualLayerNormForward&);   \
   Status residual_layer_norm_backward(const ResidualLayerNormBackward&); \
   constexpr Kernels table{                                               \
       stitch_forward,                                                    \
       stitch_backward,                                                   \
-      stitch_layer_norm_forward,                                         \
-      stitch_layer_norm_backward,                                        \
       residual_layer_norm_forward,                                       \
       residual_layer_norm_backward,                                      \
   };                                                                     \

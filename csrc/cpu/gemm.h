@@ -1,18 +1,16 @@
-// A packed GEMM whose rows reach an epilogue while they are still in cache.
+// The register tile that all products are made of, and the packing that feeds it.
 //
-// Threads own bands of rows. A band of A is packed into slices of MR rows, B once for all threads
-// into panels of NR columns, both in fp32 and padded with zeros, so that the one register tile
-// below serves every shape, stride and number format. Products are summed over at most KC
-// terms in registers before they are added to the band: the same order for any number of threads,
-// so the same bits.
+// Rows of a are packed into slices of MR, rows of b into panels of NR, both in fp32 and padded with
+// zeros, so that one tile serves every shape, stride and number format. Products are summed over at
+// most KC terms in registers before they are added to memory: an order that does not depend on the
+// number of threads, so neither do the bits.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/rows.h"
 
 namespace snk::cpu::SNK_ISA {
 
 constexpr int64_t KC = 256;
-constexpr int64_t BAND = 8 * MR;  // rows at most; a band of C and its slices of A stay in L2
 
 // Transposes VL vectors in registers, by swapping ever larger blocks across the diagonal.
 template <int HALF = 1>
@@ -42,6 +40,11 @@ inline void pack_slice(const T* in, int64_t vector_stride, int64_t term_stride, 
                        int64_t terms, float* out) {
   int64_t k = 0;
   if constexpr (std::is_same_v<T, float>) {
+    if (vector_stride == 1 && count == WIDTH) {
+      for (; k < terms; ++k)
+        std::memcpy(out + k * WIDTH, in + k * term_stride, WIDTH * sizeof(float));
+      return;
+    }
     // Term by term, vectors whose stride is a power of two would all fall into one set of the L1
     // cache. Where a group of lanes is wider than the slice, the next term overwrites the excess.
     if (term_stride == 1)
@@ -75,12 +78,20 @@ inline void pack(const View& view, int64_t row, int64_t count, int64_t first, in
   });
 }
 
-// c (MR × NR, rows ldc apart) = or += a (terms × MR) ᵀ · b (terms × NR)
+// All rows of a view in slices: that of rows [i, i + MR) begins at out + i · cols.
+inline void pack_slices(const View& view, float* out) {
+  for (int64_t i = 0; i < view.rows; i += MR)
+    pack<MR>(view, i, smaller(MR, view.rows - i), 0, view.cols, out + i * view.cols);
+}
+inline int64_t slices_size(int64_t rows, int64_t terms) { return round_up(rows, MR) * terms + VL; }
+
+// c (MR × NR) = or += aᵀ b, where a has MR and b has NR values per term.
 template <bool ADD>
-inline void tile(int64_t terms, const float* __restrict a, const float* __restrict b,
-                 float* __restrict c, int64_t ldc) {
+[[gnu::noinline]] inline void full_tile(int64_t terms, const float* __restrict a, int64_t lda,
+                                        const float* __restrict b, int64_t ldb,
+                                        float* __restrict c, int64_t ldc) {
   vec acc[MR][2] = {};
-  for (int64_t k = 0; k < terms; ++k, a += MR, b += NR) {
+  for (int64_t k = 0; k < terms; ++k, a += lda, b += ldb) {
     const vec b0 = load(b), b1 = load(b + VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -95,96 +106,74 @@ inline void tile(int64_t terms, const float* __restrict a, const float* __restri
   }
 }
 
-// One term of a sum of products: rows of `a` (M × K) times rows of `b` (N × K).
-struct Product {
-  View a, b;
-};
-
-// For every row of Σ a·bᵀ over the products, in bands: epilogue(row, values), where values are N
-// floats that it may overwrite. `scratch` keeps the packed b.
-template <typename Epilogue>
-Status gemm(const Product* products, int count, int threads, Scratch& scratch, Epilogue epilogue) {
-  const int64_t M = products[0].a.rows, N = products[0].b.rows;
-  const int64_t panels = ceil_div(N, NR);
-  // Rows of a band are a cache line longer than needed: a power of two apart, all rows of a tile
-  // would fall into one set of the L1 cache.
-  const int64_t ld = panels * NR + 16;
-  int64_t terms = 0;
-  for (int p = 0; p < count; ++p) terms += products[p].a.cols;
-  float* packed_b = scratch.take(panels * NR * terms + VL);
-  if (packed_b == nullptr) return Status::out_of_memory;
-
-  // Bands of about equal height, as many for each thread, none above BAND.
-  const int64_t slices = ceil_div(M, MR);
-  const int64_t bands = threads * ceil_div(slices, threads * (BAND / MR));
-  bool failed = false;
-#pragma omp parallel num_threads(threads)
-  {
-    static thread_local Scratch local;
-    float* c = local.take(BAND * ld + BAND * KC + VL);
-    float* packed_a = c + BAND * ld;
-#pragma omp for
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      // A panel holds the terms of all products, one product after the other.
-      float* out = packed_b + panel * NR * terms;
-      for (int p = 0; p < count; ++p) {
-        const View& b = products[p].b;
-        pack<NR>(b, panel * NR, smaller(NR, N - panel * NR), 0, b.cols, out);
-        out += NR * b.cols;
-      }
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t band = 0; band < bands; ++band) {
-      if (c == nullptr) {
-#pragma omp atomic write
-        failed = true;
-        continue;
-      }
-      const int64_t first = band * slices / bands * MR;
-      const int64_t rows = smaller((band + 1) * slices / bands * MR, M) - first;
-      const float* b = packed_b;
-      bool add = false;
-      for (int p = 0; p < count; ++p) {
-        const View& a = products[p].a;
-        for (int64_t k = 0; k < a.cols; k += KC) {
-          const int64_t kc = smaller(KC, a.cols - k);
-          for (int64_t i = 0; i < rows; i += MR)
-            pack<MR>(a, first + i, smaller(MR, rows - i), k, kc, packed_a + i * kc);
-          for (int64_t panel = 0; panel < panels; ++panel)
-            for (int64_t i = 0; i < rows; i += MR) {
-              const float* panel_b = b + panel * NR * terms;
-              float* out = c + i * ld + panel * NR;
-              if (add)
-                tile<true>(kc, packed_a + i * kc, panel_b, out, ld);
-              else
-                tile<false>(kc, packed_a + i * kc, panel_b, out, ld);
-            }
-          b += kc * NR;
-          add = true;
-        }
-      }
-      if (!add) std::memset(c, 0, rows * ld * sizeof(float));  // no terms at all: K = 0
-      for (int64_t i = 0; i < rows; ++i) epilogue(first + i, c + i * ld);
-    }
-    local.release_if_large();
+// The same for the rows × cols of c that there are.
+inline void tile(bool add, int64_t terms, const float* a, int64_t lda, const float* b, int64_t ldb,
+                 float* c, int64_t ldc, int64_t rows, int64_t cols) {
+  if (rows >= MR && cols >= NR) {
+    if (add)
+      full_tile<true>(terms, a, lda, b, ldb, c, ldc);
+    else
+      full_tile<false>(terms, a, lda, b, ldb, c, ldc);
+    return;
   }
-  scratch.release_if_large();
-  return failed ? Status::out_of_memory : Status::ok;
+  float edge[MR * NR];
+  full_tile<false>(terms, a, lda, b, ldb, edge, NR);
+  for (int64_t i = 0; i < smaller(rows, MR); ++i)
+    for (int64_t j = 0; j < smaller(cols, NR); ++j)
+      c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + edge[i * NR + j];
 }
 
-// out = alpha · a · bᵀ. The longer side of the result becomes the rows, which is what threads share.
-inline Status gemm_into(View a, View b, float alpha, View out, int threads, Scratch& scratch) {
-  if (a.rows < b.rows) {
-    const View swapped = a;
-    a = b;
-    b = swapped;
-    out = out.transposed();
-  }
-  const Product product{a, b};
-  return gemm(&product, 1, threads, scratch, [&](int64_t row, float* values) {
-    for (int64_t j = 0; j < out.cols; ++j) values[j] *= alpha;
-    write_row(out, row, values);
-  });
+// `cols` ≤ NR columns of c (rows × ldc) = or += slices of `rows` rows times a panel.
+inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slices,
+                        const float* panel, float* c, int64_t ldc, int64_t cols) {
+  int64_t k = 0;
+  do {  // once at least, as no terms at all make zeros
+    const int64_t kc = smaller(KC, terms - k);
+    for (int64_t i = 0; i < rows; i += MR)
+      tile(add || k > 0, kc, slices + i * terms + k * MR, MR, panel + k * NR, NR, c + i * ldc, ldc,
+           rows - i, cols);
+    k += kc;
+  } while (k < terms);
+}
+
+// Rows [first, first + count) of out = uᵀ v: a sum over the rows of u and v, which are read where
+// they lie, if they lie in rows of floats. `room` holds transposed_product_size(v.cols) floats.
+constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that a line of u is used whole
+inline int64_t transposed_product_size(int64_t cols) {
+  return STRIP * round_up(cols, NR) + (STRIP + NR) * KC + 2 * VL;
+}
+inline void transposed_product(const View& u, const View& v, int64_t first, int64_t count,
+                               const View& out, float* room) {
+  const int64_t ldc = round_up(v.cols, NR);
+  float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC + VL;
+  int64_t m = 0;
+  do {
+    const int64_t terms = smaller(KC, u.rows - m);
+    const float* a[STRIP / MR];
+    int64_t lda = u.row_stride;
+    const bool direct = in_place(u) && count == STRIP;
+    for (int64_t i = 0; i < count; i += MR) {
+      float* slice = slices + i * KC;
+      a[i / MR] = static_cast<const float*>(u.data) + m * u.row_stride + first + i;
+      if (direct) continue;
+      pack<MR>(u.transposed(), first + i, smaller(MR, count - i), m, terms, slice);
+      a[i / MR] = slice;
+      lda = MR;
+    }
+    for (int64_t j = 0; j < v.cols; j += NR) {
+      const float* b = static_cast<const float*>(v.data) + m * v.row_stride + j;
+      int64_t ldb = v.row_stride;
+      if (!in_place(v) || j + NR > v.cols) {
+        pack<NR>(v.transposed(), j, smaller(NR, v.cols - j), m, terms, panel);
+        b = panel;
+        ldb = NR;
+      }
+      for (int64_t i = 0; i < count; i += MR)
+        tile(m > 0, terms, a[i / MR], lda, b, ldb, c + i * ldc + j, ldc, MR, NR);
+    }
+    m += terms;
+  } while (m < u.rows);
+  write_rows(out, first, count, c, ldc);
 }
 
 }  // namespace snk::cpu::SNK_ISA

@@ -8,8 +8,6 @@ namespace snk::cpu {
 struct Kernels {
   Status (*stitch_forward)(const StitchForward&);
   Status (*stitch_backward)(const StitchBackward&);
-  Status (*stitch_layer_norm_forward)(const StitchLayerNormForward&);
-  Status (*stitch_layer_norm_backward)(const StitchLayerNormBackward&);
   Status (*residual_layer_norm_forward)(const ResidualLayerNormForward&);
   Status (*residual_layer_norm_backward)(const ResidualLayerNormBackward&);
 };

@@ -76,7 +76,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
-  float* partial = sums.take(ROW_BLOCKS * 3 * N + 1);
+  float* partial = sums.take(block_sums_size(M, 3 * N) + 1);
   float* room = rooms.take(ROW_BLOCKS * 4 * N + 1);
   if (layer_scale == nullptr || norm_weight == nullptr || partial == nullptr || room == nullptr)
     return Status::out_of_memory;
@@ -111,9 +111,9 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
     if (p.grad_branch) finish_row(p.grad_branch, row, grad_branch);
     if (p.grad_h) finish_row(p.grad_h, row, d);
   });
-  write_block_sums(partial, 3 * N, p.grad_norm_weight);
-  write_block_sums(partial + N, 3 * N, p.grad_norm_bias);
-  write_block_sums(partial + 2 * N, 3 * N, p.grad_layer_scale);
+  write_block_sums(partial, M, 3 * N, 0, p.grad_norm_weight);
+  write_block_sums(partial, M, 3 * N, N, p.grad_norm_bias);
+  write_block_sums(partial, M, 3 * N, 2 * N, p.grad_layer_scale);
   return Status::ok;
 }
 

@@ -5,14 +5,18 @@
 
 namespace snk::cpu::SNK_ISA {
 
-// A vector argument in fp32, every value `fallback` where it was not given; null without memory.
-inline const float* vector_or(const View& view, float fallback, int64_t n, Scratch& scratch) {
-  float* values = scratch.take(n + 1);  // + 1, as an empty vector must not look like no memory
-  if (values == nullptr) return nullptr;
+// A vector argument in fp32, every value `fallback` where it was not given.
+inline void read_or(const View& view, float fallback, int64_t n, float* values) {
   if (view)
     read_row(view, 0, values);
   else
     for (int64_t j = 0; j < n; ++j) values[j] = fallback;
+}
+
+// The same in scratch memory; null without memory.
+inline const float* vector_or(const View& view, float fallback, int64_t n, Scratch& scratch) {
+  float* values = scratch.take(n);
+  if (values != nullptr) read_or(view, fallback, n, values);
   return values;
 }
 
@@ -135,34 +139,78 @@ inline void normalize_row_backward(const float* y, const float* g, int64_t n, Ro
   });
 }
 
-// The sums over rows that become the gradients of vectors: rows are cut into blocks whose number
-// does not depend on the threads, each block is summed in order, then the blocks are.
-constexpr int64_t ROW_BLOCKS = 64;
+// The sums over rows that become the gradients of vectors. Rows are cut into blocks whose number
+// does not depend on the threads; a few rows at a time are summed in fp32, and such sums in fp64, so
+// that the error does not grow with the number of rows.
+constexpr int64_t ROW_BLOCKS = 64, ROWS_AT_ONCE = 16;
 
-// row(index, block, sums) for all rows, in order within a block, the blocks shared by the threads.
-// `partial` holds ROW_BLOCKS times `width` sums, which start at zero.
+inline int64_t row_blocks(int64_t rows) {
+  return smaller(ROW_BLOCKS, ceil_div(rows, ROWS_AT_ONCE));
+}
+
+// Floats that hold `width` fp64 sums for each block of rows, and behind them room to make them.
+inline int64_t block_sums_size(int64_t rows, int64_t width) {
+  return round_up(row_blocks(rows) * 3 * width, 2);
+}
+inline double* block_sums(float* partial, int64_t block, int64_t width) {
+  return reinterpret_cast<double*>(partial) + block * width;
+}
+
+// row(index, sums) for the rows of a block, in order, where sums are `width` floats to add to.
 template <typename Row>
-inline void for_row_blocks(int64_t rows, int64_t width, int threads, float* partial, Row row) {
-  const int64_t height = ceil_div(rows, ROW_BLOCKS);
-#pragma omp parallel for num_threads(threads)
-  for (int64_t block = 0; block < ROW_BLOCKS; ++block) {
-    float* sums = partial + block * width;
+inline void sum_row_block(int64_t block, int64_t rows, int64_t width, float* partial, Row row) {
+  const int64_t blocks = row_blocks(rows);
+  const int64_t first = block * rows / blocks, last = (block + 1) * rows / blocks;
+  double* total = block_sums(partial, block, width);
+  float* sums = partial + (2 * blocks + block) * width;
+  for (int64_t i = first; i < last; i += ROWS_AT_ONCE) {
     std::memset(sums, 0, width * sizeof(float));
-    for (int64_t i = block * height; i < smaller(rows, (block + 1) * height); ++i)
-      row(i, block, sums);
+    for (int64_t k = i; k < smaller(i + ROWS_AT_ONCE, last); ++k) row(k, sums);
+    for (int64_t j = 0; j < width; ++j) total[j] = (i > first ? total[j] : 0.0) + sums[j];
   }
 }
 
-// Writes Σ over blocks of partial[block · stride + j] to the vector `out`, if it is wanted.
-inline void write_block_sums(const float* partial, int64_t stride, const View& out) {
+// row(index, block, sums) for all rows, the blocks shared by the threads. `partial` holds
+// block_sums_size(rows, width) floats.
+template <typename Row>
+inline void for_row_blocks(int64_t rows, int64_t width, int threads, float* partial, Row row) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t block = 0; block < row_blocks(rows); ++block)
+    sum_row_block(block, rows, width, partial,
+                  [&](int64_t index, float* sums) { row(index, block, sums); });
+}
+
+// Writes what the blocks sum to, from value `first` of `width` on, to the vector `out`, if it is
+// wanted.
+inline void write_block_sums(float* partial, int64_t rows, int64_t width, int64_t first,
+                             const View& out) {
   if (!out) return;
-  with_type(out.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t j = 0; j < out.cols; ++j) {
-      float total = 0;
-      for (int64_t block = 0; block < ROW_BLOCKS; ++block) total += partial[block * stride + j];
-      static_cast<T*>(out.data)[j * out.col_stride] = from_float<T>(total);
+  constexpr int64_t AT_ONCE = 64;
+  for (int64_t j = 0; j < out.cols; j += AT_ONCE) {
+    const int64_t count = smaller(AT_ONCE, out.cols - j);
+    double total[AT_ONCE] = {};
+    for (int64_t block = 0; block < row_blocks(rows); ++block) {
+      const double* sums = block_sums(partial, block, width) + first + j;
+      for (int64_t i = 0; i < count; ++i) total[i] += sums[i];
     }
+    float rounded[AT_ONCE];
+    for (int64_t i = 0; i < count; ++i) rounded[i] = total[i];
+    write_row(rows_of(out.transposed(), j, count).transposed(), 0, rounded);
+  }
+}
+
+// Rows [first, first + count) of a view from values that lie `stride` apart by row.
+inline void write_rows(const View& view, int64_t first, int64_t count, const float* values,
+                       int64_t stride) {
+  with_type(view.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = static_cast<T*>(view.data) + first * view.row_stride;
+    if (view.row_stride == 1)  // a transposed matrix: along its columns
+      for (int64_t j = 0; j < view.cols; ++j)
+        for (int64_t i = 0; i < count; ++i)
+          out[i + j * view.col_stride] = from_float<T>(values[i * stride + j]);
+    else
+      for (int64_t i = 0; i < count; ++i) write_row(view, first + i, values + i * stride);
   });
 }
 

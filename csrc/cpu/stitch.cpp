@@ -1,32 +1,428 @@
-// y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ, forward and backward.
-#include "cpu/stitch.h"
+// y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ and LN(y), forward and backward, for rows in groups with a
+// stitch each. One stitch is one group.
+#include "cpu/projection.h"
 
 namespace snk::cpu::SNK_ISA {
+namespace {
 
-Status stitch_forward(const StitchForward& p) {
-  static thread_local Scratch bias_scratch;
-  const float* bias = vector_or(p.bias, 0.0f, p.y.cols, bias_scratch);
-  if (bias == nullptr) return Status::out_of_memory;
-  return stitch_rows(p, [&](int64_t row, float* y) {
-    for (int64_t j = 0; j < p.y.cols; ++j) y[j] += bias[j];
-    write_row(p.y, row, y);
-  });
+// Rows of a group, panels of its weight or columns of a gradient, for one thread to do.
+struct Task {
+  int64_t group, begin, end;
+};
+
+// A list that keeps its memory between calls.
+class Tasks {
+ public:
+  ~Tasks() { std::free(data_); }
+  void clear() { size_ = 0; }
+  // False without memory.
+  bool add(Task task) {
+    if (size_ == room_) {
+      const int64_t room = 2 * room_ + 64;
+      void* data = std::realloc(data_, room * sizeof(Task));
+      if (data == nullptr) return false;
+      data_ = static_cast<Task*>(data);
+      room_ = room;
+    }
+    data_[size_++] = task;
+    return true;
+  }
+  // [0, n) in about equal parts, whose borders are multiples of `step`.
+  bool add_parts(int64_t group, int64_t n, int64_t parts, int64_t step) {
+    const int64_t steps = ceil_div(n, step);
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = i * steps / parts * step;
+      const int64_t end = smaller((i + 1) * steps / parts * step, n);
+      if (!add({group, begin, end})) return false;
+    }
+    return true;
+  }
+  // The largest first, so that the threads come to an end together.
+  void sort() {
+    std::qsort(data_, size_, sizeof(Task), [](const void* a, const void* b) {
+      const Task &s = *static_cast<const Task*>(a), &t = *static_cast<const Task*>(b);
+      const int64_t more = (t.end - t.begin) - (s.end - s.begin);
+      return more != 0 ? (more > 0 ? 1 : -1) : (s.group != t.group ? (s.group > t.group ? 1 : -1)
+                                                                  : (s.begin > t.begin ? 1 : -1));
+    });
+  }
+  int64_t size() const { return size_; }
+  const Task& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  Task* data_ = nullptr;
+  int64_t size_ = 0, room_ = 0;
+};
+
+// Parts of one piece of scratch memory, each of which begins on a cache line.
+class Parts {
+ public:
+  template <int COUNT>
+  Parts(Scratch& scratch, const int64_t (&sizes)[COUNT]) : sizes_(sizes) {
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += padded(size);
+    next_ = scratch.take(total);
+  }
+  // False without memory; the parts are then null.
+  explicit operator bool() const { return next_ != nullptr; }
+  float* take() {
+    if (next_ == nullptr) return nullptr;
+    float* part = next_;
+    next_ += padded(*sizes_++);
+    return part;
+  }
+  static int64_t padded(int64_t n) { return round_up(n, 16); }
+
+ private:
+  const int64_t* sizes_;
+  float* next_;
+};
+
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Into how many bands a group's rows are cut. One that is no more than a thread's fair share is a
+// single band, up to WHOLE rows, which packs the weight panel by panel for itself: of few rows the
+// detour of a whole packed weight through memory costs as much as the arithmetic. Others are cut
+// lower, so that a band stays in L2, and evenly for the threads that share the group, which find
+// the weight packed.
+constexpr int64_t HIGH = 8 * MR, WHOLE = 12 * MR;
+
+int64_t bands_of(int64_t rows, int64_t rows_per_thread) {
+  if (rows <= WHOLE && rows <= rows_per_thread) return smaller(rows, 1);
+  const int64_t sharing = ceil_div(rows, rows_per_thread), slices = ceil_div(rows, MR);
+  return smaller(slices, sharing * ceil_div(slices, sharing * (HIGH / MR)));
 }
 
-Status stitch_backward(const StitchBackward& p) {
-  if (p.grad_bias) {
-    static thread_local Scratch sums, rooms;
-    const int64_t N = p.grad_y.cols;
-    float* partial = sums.take(ROW_BLOCKS * N);
-    float* room = rooms.take(ROW_BLOCKS * N);
-    if ((partial == nullptr || room == nullptr) && N > 0) return Status::out_of_memory;
-    for_row_blocks(p.grad_y.rows, N, p.threads, partial, [&](int64_t row, int64_t block, float* sum) {
-      const float* values = row_values(p.grad_y, row, room + block * N);
-      for (int64_t j = 0; j < N; ++j) sum[j] += values[j];
-    });
-    write_block_sums(partial, N, p.grad_bias);
+// The projections of all groups, in the direction of a pass, and their tasks.
+class Plan {
+ public:
+  // `project(group)` gives the projection, `wanted(group)` says whether the low-rank intermediate
+  // is needed for itself, `rows_wanted` whether the projected rows are. False without memory.
+  template <typename Project, typename Wanted>
+  bool make(const StitchGroup* groups, int64_t count, int threads, bool rows_wanted,
+            Project project, Wanted wanted) {
+    entries_ = reinterpret_cast<Entry*>(memory_.take(count * sizeof(Entry) / sizeof(float)));
+    if (entries_ == nullptr) return false;
+    bands.clear();
+    packings.clear();
+    int64_t rows = 0, packed = 0;
+    for (int64_t g = 0; g < count; ++g) rows += groups[g].last - groups[g].first;
+    const int64_t rows_per_thread = ceil_div(rows, threads);
+    room_ = highest_ = stride_ = 0;
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t M = groups[g].last - groups[g].first;
+      const int64_t parts = bands_of(M, larger(rows_per_thread, 1));
+      if (!bands.add_parts(g, M, parts, MR)) return false;
+      Entry& entry = entries_[g] = {project(groups[g]), -1};
+      Projection& p = entry.projection;
+      const int64_t height = parts == 0 ? 0 : ceil_div(ceil_div(M, MR), parts) * MR;
+      highest_ = larger(highest_, height);
+      stride_ = larger(stride_, low_rank_stride(p.rank()));
+      if (M == 0 || groups[g].identity()) continue;
+      // With many rows it is less arithmetic to merge the weights first; with few, to run the
+      // low-rank part beside them.
+      const int64_t N = p.weight.rows, T = p.terms();
+      p.merged = rows_wanted && p.rank() > 0 && M * (N + (wanted(groups[g]) ? 0 : T)) >= N * T;
+      room_ = larger(room_, room_for_projection(p, height));
+      if (parts == 1 || !rows_wanted) continue;
+      entry.packed = packed;
+      packed += Parts::padded(p.panels() * p.panel_size() + VL);
+      if (!packings.add_parts(g, p.panels(), ceil_div(p.panels(), 4), 1)) return false;
+    }
+    bands.sort();
+    packed_ = packed_memory_.take(packed);
+    return packed_ != nullptr;
   }
-  return stitch_products_backward(p);
+
+  const Projection& projection(int64_t group) const { return entries_[group].projection; }
+  // Null where the weight is not packed beforehand.
+  const float* packed(int64_t group) const {
+    return entries_[group].packed < 0 ? nullptr : packed_ + entries_[group].packed;
+  }
+  void pack(const Task& task, float* room) const {
+    const Entry& entry = entries_[task.group];
+    const Projection& p = entry.projection;
+    pack_panels(p, task.begin, task.end, packed_ + entry.packed + task.begin * p.panel_size(), room);
+  }
+  // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
+  // of a low-rank intermediate.
+  int64_t room() const { return room_; }
+  int64_t highest() const { return highest_; }
+  int64_t stride() const { return stride_; }
+  void release_if_large() { packed_memory_.release_if_large(); }
+
+  Tasks bands, packings;
+
+ private:
+  struct Entry {
+    Projection projection;
+    int64_t packed;
+  };
+  Entry* entries_ = nullptr;
+  float* packed_ = nullptr;
+  int64_t room_ = 0, highest_ = 0, stride_ = 0;
+  Scratch memory_, packed_memory_;
+};
+
+}  // namespace
+
+Status stitch_forward(const StitchForward& p) {
+  static thread_local Plan plan_of_thread;
+  Plan& plan = plan_of_thread;
+  const bool made = plan.make(
+      p.groups, p.count, p.threads, true,
+      [](const StitchGroup& g) { return Projection{g.weight, g.lora_A, g.lora_B, g.scaling}; },
+      [](const StitchGroup&) { return false; });
+  if (!made) return Status::out_of_memory;
+  const int64_t N = p.y.cols, highest = plan.highest();
+  // Rows that cannot be computed where they go are a cache line longer than needed: a power of two
+  // apart, all rows of a tile would fall into one set of the L1 cache.
+  const int64_t ldc = in_place(p.y) ? p.y.row_stride : N + 16;
+  float* mean = static_cast<float*>(p.mean.data);
+  float* rstd = static_cast<float*>(p.rstd.data);
+  bool failed = false;
+#pragma omp parallel num_threads(p.threads)
+  {
+    static thread_local Scratch local;
+    const int64_t sizes[] = {plan.room(), highest * plan.stride(), highest * ldc, N, N, N, N};
+    Parts parts(local, sizes);
+    if (!parts) {
+#pragma omp atomic write
+      failed = true;
+    }
+    float *room = parts.take(), *s = parts.take(), *band_y = parts.take(), *bias = parts.take();
+    float *norm_weight = parts.take(), *norm_bias = parts.take(), *room_normed = parts.take();
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < plan.packings.size(); ++i)
+      if (parts) plan.pack(plan.packings[i], room);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < plan.bands.size(); ++i) {
+      if (!parts) continue;
+      const Task& band = plan.bands[i];
+      const StitchGroup& group = p.groups[band.group];
+      const int64_t first = group.first + band.begin, rows = band.end - band.begin;
+      float* c = in_place(p.y) ? static_cast<float*>(p.y.data) + first * ldc : band_y;
+      if (!group.identity())
+        project(plan.projection(band.group), rows_of(p.x, first, rows), plan.packed(band.group),
+                plan.projection(band.group).live() ? s : nullptr, c, ldc, room);
+      else
+        for (int64_t k = 0; k < rows; ++k) read_row(p.x, first + k, c + k * ldc);
+      read_or(group.bias, 0.0f, N, bias);
+      read_or(group.norm_weight, 1.0f, N, norm_weight);
+      read_or(group.norm_bias, 0.0f, N, norm_bias);
+      for (int64_t row = first; row < first + rows; ++row, c += ldc) {
+        Sum total;
+        for_values(N, [&](auto v, int64_t j, int chain) {
+          using V = decltype(v);
+          const V value = get<V>(c + j) + get<V>(bias + j);
+          put(c + j, value);
+          total.add(value, chain);
+        });
+        // LN of the y that is returned, or the backward, which starts from it, would not fit.
+        finish_row(p.y, row, c);
+        if (!p.normed) continue;
+        const RowStatistics statistics = row_statistics(c, N, total.total(), p.eps);
+        mean[row] = statistics.mean;
+        rstd[row] = statistics.rstd;
+        float* normed = row_target(p.normed, row, room_normed);
+        normalize_row(c, N, statistics, norm_weight, norm_bias, normed);
+        finish_row(p.normed, row, normed);
+      }
+    }
+    local.release_if_large();
+  }
+  plan.release_if_large();
+  return failed ? Status::out_of_memory : Status::ok;
+}
+
+namespace {
+
+// Where a group's intermediates of the backward begin: sums over rows, scaling · dy B, scaling · x Aᵀ.
+struct Intermediates {
+  int64_t sums, dy_B, x_A;
+};
+
+}  // namespace
+
+// In four steps: the gradient of y and the sums over rows, the weights packed; the gradient of x
+// and the low-rank intermediates, band by band; the products over all rows.
+Status stitch_backward(const StitchBackward& p) {
+  static thread_local Plan plan_of_thread;
+  static thread_local Scratch intermediates_memory, grad_memory, low_rank_memory, sums_memory;
+  static thread_local Tasks blocks_of_thread, dA_of_thread, dB_of_thread, dW_of_thread;
+  Plan& plan = plan_of_thread;
+  Tasks &blocks = blocks_of_thread, &dA = dA_of_thread, &dB = dB_of_thread, &dW = dW_of_thread;
+  const bool norm = bool(p.grad_normed);
+  const int64_t M = p.x.rows, K = p.x.cols, N = (norm ? p.grad_normed : p.grad_y).cols;
+  const int64_t width = (norm ? 3 : 1) * N;
+  const bool made = plan.make(
+      p.groups, p.count, p.threads, bool(p.grad_x),
+      [](const StitchGroup& g) {
+        return Projection{g.weight.transposed(), g.lora_B.transposed(), g.lora_A.transposed(),
+                          g.scaling};
+      },
+      [](const StitchGroup& g) { return bool(g.grad_lora_A); });
+  auto* places = reinterpret_cast<Intermediates*>(
+      intermediates_memory.take(p.count * sizeof(Intermediates) / sizeof(float)));
+  if (!made || places == nullptr) return Status::out_of_memory;
+
+  blocks.clear(), dA.clear(), dB.clear(), dW.clear();
+  int64_t sums_size = 0, low_rank_size = 0;
+  for (int64_t g = 0; g < p.count; ++g) {
+    const StitchGroup& group = p.groups[g];
+    const int64_t rows = group.last - group.first;
+    places[g] = {sums_size, low_rank_size, low_rank_size + rows * plan.stride()};
+    bool added = true;
+    if (norm || group.grad_bias) {
+      sums_size += block_sums_size(rows, width);
+      added = blocks.add_parts(g, row_blocks(rows), row_blocks(rows), 1);
+    }
+    if (group.grad_lora_A || group.grad_lora_B) low_rank_size += 2 * rows * plan.stride();
+    if (group.grad_lora_A) added = added && dA.add_parts(g, K, ceil_div(K, STRIP), STRIP);
+    if (group.grad_lora_B) added = added && dB.add_parts(g, N, ceil_div(N, STRIP), STRIP);
+    if (group.grad_weight) added = added && dW.add_parts(g, N, ceil_div(N, STRIP), STRIP);
+    if (!added) return Status::out_of_memory;
+  }
+  float* sums = sums_memory.take(sums_size);
+  float* low_rank = low_rank_memory.take(low_rank_size);
+  float* grad_y = norm ? grad_memory.take(M * N) : nullptr;
+  if (sums == nullptr || low_rank == nullptr || (norm && grad_y == nullptr))
+    return Status::out_of_memory;
+  const View dy = norm ? View{grad_y, DType::f32, M, N, N, 1} : p.grad_y;
+  const float* mean = static_cast<const float*>(p.mean.data);
+  const float* rstd = static_cast<const float*>(p.rstd.data);
+  const int64_t ldc = p.grad_x && in_place(p.grad_x) ? p.grad_x.row_stride : K + 16;
+  bool failed = false;
+
+  const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
+    return rows_of(view, group.first, group.last - group.first);
+  };
+  const auto low_rank_view = [&](int64_t begin, const StitchGroup& group) {
+    const int64_t rows = group.last - group.first, stride = low_rank_stride(group.lora_A.rows);
+    return View{low_rank + begin, DType::f32, rows, stride, stride, 1};
+  };
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    static thread_local Scratch local;
+    const int64_t highest = plan.highest();
+    const int64_t room_size = larger(
+        larger(plan.room(), room_for_low_rank(highest, K)),
+        transposed_product_size(larger(plan.stride(), dW.size() > 0 ? K : 0)));
+    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, N, N, N};
+    Parts parts(local, sizes);
+    if (!parts) {
+#pragma omp atomic write
+      failed = true;
+    }
+    float *room = parts.take(), *band_s = parts.take(), *band_x = parts.take();
+    float *room_y = parts.take(), *room_g = parts.take(), *norm_weight = parts.take();
+
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < plan.packings.size(); ++i)
+      if (parts) plan.pack(plan.packings[i], room);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < blocks.size(); ++i) {
+      if (!parts) continue;
+      const StitchGroup& group = p.groups[blocks[i].group];
+      read_or(group.norm_weight, 1.0f, N, norm_weight);
+      sum_row_block(
+          blocks[i].begin, group.last - group.first, width, sums + places[blocks[i].group].sums,
+          [&](int64_t index, float* sum_bias) {
+            const int64_t row = group.first + index;
+            const float* direct = p.grad_y ? row_values(p.grad_y, row, room_y) : nullptr;
+            if (!norm) {
+              for_values(N, [&](auto v, int64_t j, int) {
+                using V = decltype(v);
+                put(sum_bias + j, V(get<V>(sum_bias + j) + get<V>(direct + j)));
+              });
+              return;
+            }
+            float *sum_norm_weight = sum_bias + N, *sum_norm_bias = sum_norm_weight + N;
+            float* d = grad_y + row * N;
+            normalize_row_backward(row_values(p.y, row, room_y),
+                                   row_values(p.grad_normed, row, room_g), N,
+                                   {mean[row], rstd[row]}, norm_weight, d, sum_norm_weight,
+                                   sum_norm_bias);
+            direct = p.grad_y ? row_values(p.grad_y, row, room_y) : nullptr;
+            for_values(N, [&](auto v, int64_t j, int) {
+              using V = decltype(v);
+              V total = get<V>(d + j);
+              if (direct != nullptr) total += get<V>(direct + j);
+              put(d + j, total);
+              put(sum_bias + j, V(get<V>(sum_bias + j) + total));
+            });
+          });
+    }
+
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < plan.bands.size(); ++i) {
+      if (!parts) continue;
+      const Task& band = plan.bands[i];
+      const StitchGroup& group = p.groups[band.group];
+      const Intermediates& place = places[band.group];
+      const int64_t first = group.first + band.begin, rows = band.end - band.begin;
+      const View dy_rows = rows_of(dy, first, rows), x_rows = rows_of(p.x, first, rows);
+      float* c = nullptr;
+      if (p.grad_x)
+        c = in_place(p.grad_x) ? static_cast<float*>(p.grad_x.data) + first * ldc : band_x;
+      if (group.identity()) {
+        for (int64_t k = 0; c != nullptr && k < rows; ++k) read_row(dy_rows, k, c + k * ldc);
+      } else {
+        const Projection& projection = plan.projection(band.group);
+        float* s = projection.live() ? band_s : nullptr;
+        const int64_t begin = band.begin * low_rank_stride(projection.rank());
+        if (group.grad_lora_A) s = low_rank + place.dy_B + begin;
+        project(projection, dy_rows, plan.packed(band.group), s, c, ldc, room);
+        if (group.grad_lora_B) {
+          pack_slices(x_rows, room);
+          low_rank_rows(group.lora_A, group.scaling, rows, room, low_rank + place.x_A + begin,
+                        room + slices_size(rows, K));
+        }
+      }
+      for (int64_t k = 0; c != nullptr && k < rows; ++k)
+        finish_row(p.grad_x, first + k, c + k * ldc);
+    }
+
+    // dB = scaling · dyᵀ (x Aᵀ), dA = scaling · (dy B)ᵀ x, dW = dyᵀ x
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < dB.size(); ++i) {
+      const StitchGroup& group = p.groups[dB[i].group];
+      if (parts)
+        transposed_product(rows_of_group(dy, group),
+                           low_rank_view(places[dB[i].group].x_A, group), dB[i].begin,
+                           dB[i].end - dB[i].begin, group.grad_lora_B, room);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < dA.size(); ++i) {
+      const StitchGroup& group = p.groups[dA[i].group];
+      if (parts)
+        transposed_product(rows_of_group(p.x, group),
+                           low_rank_view(places[dA[i].group].dy_B, group), dA[i].begin,
+                           dA[i].end - dA[i].begin, group.grad_lora_A.transposed(), room);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < dW.size(); ++i) {
+      const StitchGroup& group = p.groups[dW[i].group];
+      if (parts)
+        transposed_product(rows_of_group(dy, group), rows_of_group(p.x, group), dW[i].begin,
+                           dW[i].end - dW[i].begin, group.grad_weight, room);
+    }
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < 3 * p.count; ++i) {
+      const StitchGroup& group = p.groups[i / 3];
+      const View* const vectors[] = {&group.grad_bias, &group.grad_norm_weight,
+                                     &group.grad_norm_bias};
+      if (i % 3 == 0 || norm)
+        write_block_sums(sums + places[i / 3].sums, group.last - group.first, width, i % 3 * N,
+                         *vectors[i % 3]);
+    }
+    local.release_if_large();
+  }
+  plan.release_if_large();
+  grad_memory.release_if_large();
+  low_rank_memory.release_if_large();
+  return failed ? Status::out_of_memory : Status::ok;
 }
 
 }  // namespace snk::cpu::SNK_ISA

@@ -113,6 +113,17 @@ inline void with_type(DType dtype, F f) {
   }
 }
 
+// The rows [first, first + count) of a view.
+inline View rows_of(const View& view, int64_t first, int64_t count) {
+  View rows = view;
+  rows.rows = count;
+  with_type(view.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rows.data = static_cast<T*>(view.data) + first * view.row_stride;
+  });
+  return rows;
+}
+
 // out[j] = view[row, j] in fp32.
 inline void read_row(const View& view, int64_t row, float* out) {
   with_type(view.dtype, [&](auto* type) {
@@ -149,10 +160,10 @@ class Scratch {
  public:
   ~Scratch() { std::free(data_); }
 
-  // Room for n floats, aligned to a cache line; null when there is no memory. The old content is
-  // gone.
+  // Room for n floats, aligned to a cache line, also for none; null when there is no memory. The old
+  // content is gone.
   float* take(int64_t n) {
-    const size_t bytes = round_up(n * sizeof(float), 64);
+    const size_t bytes = round_up((n + 1) * sizeof(float), 64);
     if (bytes > size_) {
       std::free(data_);
       data_ = static_cast<float*>(std::aligned_alloc(64, bytes));

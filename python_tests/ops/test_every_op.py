@@ -133,6 +133,13 @@ def test_rows_with_a_large_mean(op: Op, backend: str) -> None:
     judge(op, tensors | {name: tensors[name] + 1000})
 
 
+def test_sums_over_many_rows(op: Op, backend: str) -> None:
+    """Bias gradients: one long chain of additions loses digits that torch's sum of sums keeps."""
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("many rows take minutes in Triton's interpreter; needs a GPU")
+    judge(op, make(op, Shape(25_000, 3, 5, 2), torch.float32))
+
+
 @pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(op: Op, backend: str, autocast_dtype: torch.dtype) -> None:
     """fp32 arguments, gradients in fp32; outputs in autocast's dtype, but for a residual stream."""

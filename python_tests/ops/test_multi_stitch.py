@@ -23,6 +23,7 @@ SIZES = {
     "with empty ones": [0, 7, 0, 0, 9, 0],
     "all empty": [0, 0],
     "hundreds": [i % 3 for i in range(300)],
+    "tall beside low": [400, 3, 150],
 }
 
 

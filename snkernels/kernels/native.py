@@ -41,24 +41,6 @@ def _view(name: str, tensor: Tensor | None, rows: int, cols: int, device: str) -
     return tensor.data_ptr(), dtype, rows, cols, stride[0], stride[-1]
 
 
-def _stitch_views(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    device: str,
-) -> tuple[View | None, ...]:
-    (out_features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
-    return (
-        _view("x", x, x.shape[0], in_features, device),
-        _view("weight", weight, out_features, in_features, device),
-        _view("bias", bias, 1, out_features, device),
-        _view("lora_A", lora_A, rank, in_features, device),
-        _view("lora_B", lora_B, out_features, rank, device),
-    )
-
-
 def _grads_like(
     tensors: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[list[Tensor], list[View | None]]:
@@ -104,15 +86,10 @@ def stitch_forward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`snkernels.reference.stitch`; ``out`` is written to instead of a new tensor."""
-    y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
-    views = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
-    _C.stitch_forward(
-        *views, scaling, _view("y", y, x.shape[0], weight.shape[0], "cpu"), torch.get_num_threads()
-    )
-    return y
+    """See :func:`snkernels.reference.stitch`."""
+    tensors = (weight, bias, lora_A, lora_B, None, None)
+    return _one_stitch_forward(x, tensors, scaling, normalize=False)[0]
 
 
 def stitch_backward(
@@ -126,19 +103,10 @@ def stitch_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See :func:`snkernels.reference.stitch_backward`."""
-    x_view, weight_view, _, A_view, B_view = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
-    grads, grad_views = _grads_like((x, weight, bias, lora_A, lora_B), needs)
-    _C.stitch_backward(
-        _view("grad_y", grad_y, x.shape[0], weight.shape[0], "cpu"),
-        x_view,
-        weight_view,
-        A_view,
-        B_view,
-        scaling,
-        *grad_views,
-        torch.get_num_threads(),
+    return multi_stitch_backward(
+        *(grad_y, None, x, [0, x.shape[0]], (weight, bias, lora_A, lora_B, None, None)),
+        *([scaling], None, None, None, [*needs, False, False]),
     )
-    return grads
 
 
 def stitch_layer_norm_forward(
@@ -151,27 +119,10 @@ def stitch_layer_norm_forward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
-    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``.
-
-    ``out``, four tensors for these, is written to instead of new ones.
-    """
-    rows, features = x.shape[0], weight.shape[0]
-    y, normed, mean, rstd = norm_outputs(x, features) if out is None else out
-    _C.stitch_layer_norm_forward(
-        *_stitch_views(x, weight, bias, lora_A, lora_B, "cpu"),
-        scaling,
-        _view("norm_weight", norm_weight, 1, features, "cpu"),
-        _view("norm_bias", norm_bias, 1, features, "cpu"),
-        eps,
-        _view("y", y, rows, features, "cpu"),
-        _view("normed", normed, rows, features, "cpu"),
-        _view("mean", mean, 1, rows, "cpu"),
-        _view("rstd", rstd, 1, rows, "cpu"),
-        torch.get_num_threads(),
-    )
-    return y, normed, mean, rstd
+    """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``."""
+    tensors = (weight, bias, lora_A, lora_B, norm_weight, norm_bias)
+    return _one_stitch_forward(x, tensors, scaling, normalize=True, eps=eps)
 
 
 def stitch_layer_norm_backward(
@@ -191,27 +142,141 @@ def stitch_layer_norm_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See ``stitch_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
-    rows, features = x.shape[0], weight.shape[0]
-    x_view, weight_view, _, A_view, B_view = _stitch_views(x, weight, bias, lora_A, lora_B, "cpu")
-    grads, grad_views = _grads_like(
-        (x, weight, bias, lora_A, lora_B, norm_weight, norm_bias), needs
+    tensors = (weight, bias, lora_A, lora_B, norm_weight, norm_bias)
+    return multi_stitch_backward(
+        grad_y, grad_normed, x, [0, x.shape[0]], tensors, [scaling], y, mean, rstd, needs
     )
-    _C.stitch_layer_norm_backward(
+
+
+def multi_stitch_forward(
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    out_features: int,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stitches of all groups in one call; see :mod:`snkernels.ops.multi_stitch`."""
+    offsets, width = group_offsets.tolist(), x.shape[1]
+    groups = [
+        _group(
+            *(offsets[i], offsets[i + 1], scaling),
+            *(tensors[i * _TENSORS : (i + 1) * _TENSORS], width, out_features),
+        )
+        for i, scaling in enumerate(scalings)
+    ]
+    return _stitch_forward(x, groups, width, out_features, normalize, eps)
+
+
+def multi_stitch_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    group_offsets: Tensor | list[int],
+    tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x and of all groups' tensors that ``needs`` marks, in order."""
+    offsets = group_offsets if isinstance(group_offsets, list) else group_offsets.tolist()
+    rows, width = x.shape
+    grad = grad_y if grad_normed is None else grad_normed
+    assert grad is not None
+    features = grad.shape[1]
+    grads, (grad_x, *grad_views) = _grads_like((x, *tensors), needs)
+    if rows == 0:
+        return [grad.zero_() for grad in grads]
+    groups = []
+    for i, scaling in enumerate(scalings):
+        own = slice(i * _TENSORS, (i + 1) * _TENSORS)
+        group = _group(offsets[i], offsets[i + 1], scaling, tensors[own], width, features)
+        groups.append((*group, *grad_views[own]))
+    normalized = grad_normed is not None
+    _C.stitch_backward(
         _view("grad_y", grad_y, rows, features, "cpu"),
         _view("grad_normed", grad_normed, rows, features, "cpu"),
-        x_view,
-        weight_view,
-        A_view,
-        B_view,
-        scaling,
-        _view("y", y, rows, features, "cpu"),
-        _view("mean", mean, 1, rows, "cpu"),
-        _view("rstd", rstd, 1, rows, "cpu"),
-        _view("norm_weight", norm_weight, 1, features, "cpu"),
-        *grad_views,
+        _view("x", x, rows, width, "cpu"),
+        groups,
+        _view("y", y if normalized else None, rows, features, "cpu"),
+        _view("mean", mean if normalized else None, 1, rows, "cpu"),
+        _view("rstd", rstd if normalized else None, 1, rows, "cpu"),
+        grad_x,
         torch.get_num_threads(),
     )
     return grads
+
+
+_TENSORS = 6  # of a group: weight, bias, lora_A, lora_B, norm_weight, norm_bias
+
+
+def _group(
+    first: int,
+    last: int,
+    scaling: float,
+    tensors: Sequence[Tensor | None],
+    in_features: int,
+    out_features: int,
+) -> tuple[Any, ...]:
+    """Rows, scaling and views of a group."""
+    weight, bias, lora_A, lora_B, norm_weight, norm_bias = tensors
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    return (
+        first,
+        last,
+        scaling,
+        _view("weight", weight, out_features, in_features, "cpu"),
+        _view("bias", bias, 1, out_features, "cpu"),
+        _view("lora_A", lora_A, rank, in_features, "cpu"),
+        _view("lora_B", lora_B, out_features, rank, "cpu"),
+        _view("norm_weight", norm_weight, 1, out_features, "cpu"),
+        _view("norm_bias", norm_bias, 1, out_features, "cpu"),
+    )
+
+
+def _one_stitch_forward(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    scaling: float,
+    normalize: bool,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight = tensors[0]
+    assert weight is not None
+    out_features, in_features = weight.shape
+    group = _group(0, x.shape[0], scaling, tensors, in_features, out_features)
+    return _stitch_forward(x, [group], in_features, out_features, normalize, eps)
+
+
+def _stitch_forward(
+    x: Tensor,
+    groups: list[tuple[Any, ...]],
+    in_features: int,
+    features: int,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, LN(y), mean, 1/σ), of which all but y have no elements if there is no LayerNorm."""
+    rows = x.shape[0]
+    if normalize:
+        y, normed, mean, rstd = norm_outputs(x, features)
+    else:
+        y = x.new_empty(rows, features)
+        normed, mean, rstd = y.new_empty(0), y.new_empty(0), y.new_empty(0)
+    _C.stitch_forward(
+        _view("x", x, rows, in_features, "cpu"),
+        groups,
+        eps,
+        _view("y", y, rows, features, "cpu"),
+        _view("normed", normed if normalize else None, rows, features, "cpu"),
+        _view("mean", mean if normalize else None, 1, rows, "cpu"),
+        _view("rstd", rstd if normalize else None, 1, rows, "cpu"),
+        torch.get_num_threads(),
+    )
+    return y, normed, mean, rstd
 
 
 def residual_layer_norm_forward(

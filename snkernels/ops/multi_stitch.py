@@ -228,7 +228,7 @@ register(
                 _one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm))
             )
         ),
-        "cpu": _checked(_one_by_one(native.stitch_forward, native.stitch_layer_norm_forward)),
+        "cpu": _checked(native.multi_stitch_forward),
         "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_forward")),
     },
 )
@@ -241,7 +241,7 @@ register(
         "torch": without_autocast(
             _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
         ),
-        "cpu": _one_by_one_backward(native.stitch_backward, native.stitch_layer_norm_backward),
+        "cpu": native.multi_stitch_backward,
         "triton": triton_kernel("multi_stitch", "multi_stitch_backward"),
     },
 )
