@@ -42,7 +42,8 @@ def average_gradients(model: nn.Module) -> None:
     parameters: a parameter that no rank used is not communicated and keeps ``grad`` None, so that
     the optimizer skips it; where only other ranks used it, zeros stand in for this rank's gradient.
     Which those are the ranks tell each other by one byte per parameter, so nothing walks over the
-    graph of autograd, and it holds for any routes: drawn, given, one per image, or several.
+    graph of autograd, and it holds for any routes: drawn, given, one per image, or several.  It
+    sends fewer bytes than ``DistributedDataParallel``, but not while ``backward`` still runs.
 
     Every rank must call it once per optimizer step, after the last ``backward`` (before a
     ``GradScaler`` unscales), with gradients that began as None, as ``zero_grad`` leaves them.
