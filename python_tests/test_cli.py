@@ -2,13 +2,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import snkernels
-from snkernels import backends, cli, demo
+from snkernels import backends, cli, demo, profiling
 from snkernels.demo import AnchorRecipe, Recipe
 from snkernels.kernels import native
 from snkernels.models.checkpoint import read, write
@@ -63,6 +64,22 @@ def test_eval_goes_on_after_an_interruption(
     assert "does not fit: routes was" in capsys.readouterr().err
 
 
+def test_profile_prints_and_keeps_the_times_of_the_parts(
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(profiling, "profile", partial(profiling.profile, seconds=0))
+    out = tmp_path / "profile.json"
+    arguments = ("profile", finished / demo.CHECKPOINT, "--batch-sizes", "4,1", "--out", out)
+    assert run(*arguments) == 0
+    kept = snkernels.Profile.load(out)
+    assert list(kept.parts) == [1, 4]
+    assert capsys.readouterr().out == f"{kept}\n"
+    snkernels.StitchedViT.load(finished / demo.CHECKPOINT).profile = kept
+
+
 def test_demo_replaces_its_own_files(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / demo.CSV).read_bytes()
     assert run("demo", "--out", finished, "--seed", 3) == 0
@@ -97,6 +114,12 @@ def test_what_can_be_put_right_is_one_line(
         (("eval", silent), "does not say what to evaluate it on"),
         (("eval", checkpoint, "--routes", "3"), "route id must be in 0–2 or 4–4, got 3"),
         (("eval", checkpoint, "--csv", tmp_path / "no" / "csv"), "No such file"),
+        (("profile", tmp_path / "none"), "No such file"),
+        (("profile", truncated), "is truncated or no safetensors file"),
+        (
+            ("profile", checkpoint, "--batch-sizes", "0"),
+            "batch_sizes must be integers of 1 or more",
+        ),
     ):
         capsys.readouterr()
         assert run(*arguments) == 1
@@ -156,6 +179,8 @@ def test_an_interruption_is_one_line(
         (("eval", "x", "--routes", "1,b"), "invalid comma-separated ids value: '1,b'"),
         (("eval", "x", "--routes", "1,1"), "an id is named twice in '1,1'"),
         (("demo", "--seed", "x"), "invalid int value: 'x'"),
+        (("profile", "x", "--batch-sizes", "1,b"), "invalid comma-separated sizes value: '1,b'"),
+        (("profile", "x", "--device", "tpu"), "invalid choice: 'tpu'"),
     ],
 )
 def test_wrong_usage(

@@ -1,4 +1,4 @@
-"""The ``snkernels`` command: ``info``, ``demo`` and ``eval``.
+"""The ``snkernels`` command: ``info``, ``demo``, ``eval`` and ``profile``.
 
 What a person can put right ends in one line on standard error and exit code 1; wrong usage has
 exit code 2, an interruption 130. Anything else is a fault of ours and shows its traceback.
@@ -83,6 +83,23 @@ def _eval(options: argparse.Namespace) -> None:
         result.plot(options.plot)
 
 
+def _profile(options: argparse.Namespace) -> None:
+    import torch
+
+    from snkernels.models.stitched import StitchedViT
+    from snkernels.profiling import profile
+
+    _check_backend()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise _Stop("there is no GPU that torch can use here")
+    with _expected(ValueError, TypeError):
+        model = StitchedViT.load(options.checkpoint).to(options.device)
+        result = profile(model, options.batch_sizes)
+    print(result)
+    if options.out:
+        result.save(options.out)
+
+
 def _check_backend() -> None:
     """Refuse a forced backend that cannot run here before any work is done."""
     import torch
@@ -103,7 +120,12 @@ def _ids(text: str) -> list[int]:
     return ids
 
 
+def _sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 _ids.__name__ = "comma-separated ids"  # what argparse calls a value that does not convert
+_sizes.__name__ = "comma-separated sizes"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,6 +170,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
     evaluation.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over cost")
     evaluation.set_defaults(run=_eval)
+
+    profile = commands.add_parser(
+        "profile", help="measure the parts of a model, which predict the latency of every route"
+    )
+    profile.add_argument("checkpoint", type=Path, help="a file that StitchedViT.save wrote")
+    profile.add_argument(
+        "--batch-sizes",
+        type=_sizes,
+        default=[1],
+        metavar="N,N",
+        help="images per call (default: 1)",
+    )
+    profile.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to measure (default: %(default)s)",
+    )
+    profile.add_argument("--out", type=Path, metavar="FILE", help="write it as JSON")
+    profile.set_defaults(run=_profile)
     return parser
 
 

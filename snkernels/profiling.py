@@ -37,7 +37,7 @@ def profile(
     *,
     check: Literal["all"] | Iterable[int] | None = None,
     rounds: int = 5,
-    seconds: float = 5.0,
+    seconds: float = 2.0,
     progress: bool = True,
 ) -> Profile:
     """Measure the parts of a model, predict its routes by adding up, and check that on real runs.
@@ -200,25 +200,28 @@ class _Watch:
 
 
 class _GPUWatch:
-    """The same by events on the current stream. It has never run."""
+    """The same by events on the current stream of a GPU. It has never run."""
 
-    def __init__(self) -> None:
-        torch.cuda.synchronize()
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+        self.stream = torch.cuda.current_stream(device)
         self.events: list[torch.cuda.Event] = []
         self.lap()
 
     def lap(self) -> None:
+        """End a lap and begin the next, when the GPU comes to it."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self.stream)
         self.events.append(event)
 
     def read(self) -> list[float]:
+        """Seconds of each lap, when the GPU is done."""
         self.events[-1].synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in pairwise(self.events)]
 
 
 def _watch(device: torch.device) -> _Watch | _GPUWatch:
-    return _GPUWatch() if device.type == "cuda" else _Watch()
+    return _GPUWatch(device) if device.type == "cuda" else _Watch()
 
 
 def _zigzags(space: StitchingSpace) -> list[Route]:

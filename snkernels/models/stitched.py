@@ -205,7 +205,8 @@ class StitchedViT(nn.Module):
             Logits (batch, classes); with ``routes`` (routes, batch, classes).
 
         Raises:
-            TypeError: If images hold no floats, or an id is no integer.
+            TypeError: If images hold no floats, an id is no integer, or a budget is neither a
+                number nor a text.
             RuntimeError: If a budget needs scores or a profile that are not there.
             ValueError: If no route has an id, their number is wrong, more than one of ``stitch``,
                 ``routes`` and ``budget`` are given, no route fits a budget, ``max_rows`` is too
