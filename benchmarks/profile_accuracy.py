@@ -49,7 +49,7 @@ def markdown(record: dict[str, Any]) -> str:
     """The record as a table, one line per pair."""
     lines = [
         f"{record['machine']['cpu']}, {record['threads']} threads, float32, torch "
-        f"{record['versions']['torch']}; {record['date'][:10]}, DeiT3 "
+        f"{record['versions']['torch']}; {record['date'][:10]}, pairs of "
         f"DeiT3 shape at 224², batch 1, {record['rounds']} rounds",
         "",
         f"| pair | routes | S alone, ms | L alone, ms | within {WITHIN:.0%} "

@@ -175,6 +175,7 @@ def test_elsewhere_a_copy_is_measured() -> None:
         ({"seconds": -1}, ValueError, "seconds must be 0 or more, got -1"),
         ({"check": [99]}, ValueError, "route id must be in .* got 99"),
         ({"check": "some"}, ValueError, "check must be \"all\" or route ids, got 'some'"),
+        ({"check": []}, ValueError, "check must name at least one route, got none"),
         ({"check": ["0"]}, TypeError, "str"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -24,7 +25,8 @@ from snkernels.routing.plan import plan
 from snkernels.routing.space import LARGE, SMALL, Route, Segment, Stitch, StitchingSpace
 
 _CHECKS = 8
-_WALKS = 4
+# Whole routes that are run between one time that the parts are measured and the next.
+_CHUNK = 16
 
 # Name of a part, and the anchor that it belongs to.
 _Part = tuple[str, int]
@@ -66,7 +68,7 @@ def profile(
     Raises:
         TypeError: If a batch size or an id is no integer.
         ValueError: If there are no batch sizes, one of them or ``rounds`` is below 1, ``seconds``
-            is no time, or no route has an id.
+            is no time, no route has an id, or none is to be checked.
     """
     sizes = sorted({operator.index(size) for size in batch_sizes})
     if not sizes or sizes[0] < 1:
@@ -83,16 +85,19 @@ def profile(
         routes = list(model.space)
     else:
         routes = [model.space.route(operator.index(route_id)) for route_id in check]
-    if device is not None and torch.device(device) != next(model.parameters()).device:
+        if not routes:
+            raise ValueError("check must name at least one route, got none")
+    if device is not None and torch.empty(0, device=device).device != _device(model):
         model = copy.deepcopy(model).to(device)
     samples = {size: _Samples(model, size, routes) for size in sizes}
     turns: list[_Samples] = []
     with eval_mode(model), torch.inference_mode():
         for size in sizes:
             start = time.perf_counter()
-            _Samples(model, size, routes[:1]).take()  # warms up
-            per_run = (time.perf_counter() - start) / (_WALKS + 1)
-            fitting = int(seconds / (per_run * (_WALKS + len(routes))))
+            warm_up = _Samples(model, size, routes[:1])
+            warm_up.take()
+            per_run = (time.perf_counter() - start) / warm_up.runs
+            fitting = int(seconds / (per_run * samples[size].runs))
             turns += [samples[size]] * max(rounds, fitting)
         for turn in progress_bar(turns, "profile: rounds", progress):
             turn.take()
@@ -115,16 +120,27 @@ class _Samples:
         self.model, self.images = model, images.to(like.device, like.dtype)
         self.parts_seconds: dict[_Part, list[float]] = defaultdict(list)
         self.route_seconds: dict[Route, list[float]] = {route: [] for route in routes}
+        self.random = random.Random(0)
+
+    @property
+    def runs(self) -> int:
+        """How many forward passes ``take`` makes."""
+        return 4 * math.ceil(len(self.route_seconds) / _CHUNK) + len(self.route_seconds)
 
     def take(self) -> None:
-        """Measure everything once."""
+        """Measure everything once, whole routes in a new order."""
         space = self.model.space
-        for path in (space.route(SMALL), space.route(LARGE), *_zigzags(space)):
-            for part, seconds in self._walk(path).items():
-                # Not the median: a route pays for all its blocks, the slow ones too.
-                self.parts_seconds[part].append(statistics.mean(seconds))
-        for route, seconds in self.route_seconds.items():
-            seconds.append(self._run(route))
+        paths = (space.route(SMALL), space.route(LARGE), *_zigzags(space))
+        routes = list(self.route_seconds)
+        self.random.shuffle(routes)
+        # What else the machine does comes and goes, and must strike parts and routes alike.
+        for start in range(0, len(routes), _CHUNK):
+            for path in paths:
+                for part, seconds in self._walk(path).items():
+                    # Not the median: a route pays for all its blocks, the slow ones too.
+                    self.parts_seconds[part].append(statistics.mean(seconds))
+            for route in routes[start : start + _CHUNK]:
+                self.route_seconds[route].append(self._run(route))
 
     def parts(self) -> Parts:
         """Medians over what was measured."""
@@ -222,6 +238,10 @@ class _GPUWatch:
 
 def _watch(device: torch.device) -> _Watch | _GPUWatch:
     return _GPUWatch(device) if device.type == "cuda" else _Watch()
+
+
+def _device(model: StitchedViT) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _zigzags(space: StitchingSpace) -> list[Route]:
