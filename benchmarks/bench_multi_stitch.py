@@ -1,4 +1,8 @@
-"""``multi_stitch_layer_norm`` beside a loop over the groups, each projected in the usual ways."""
+"""``multi_stitch_layer_norm`` beside a loop over the groups, each projected in the usual ways.
+
+And beside one stitch for all rows, which computes something else: how near a grouped GEMM comes to
+a homogeneous one.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -36,16 +40,18 @@ def _make(shape: Shape) -> Tensors:
     one = Shape("", {name: shape[name] for name in "MKNr"} | {"M": 0})
     for i in range(groups):
         own = stitching.make(one) | {name: torch.randn(shape["N"]) for name in NAMES[4:]}
-        tensors |= {f"{name}.{i}": own[name] for name in NAMES}
+        tensors |= {f"{name}.{i}": value for name, value in own.items() if name in NAMES}
     return tensors | {"offsets": torch.tensor([0, *itertools.accumulate(_sizes(rows, groups))])}
 
 
 def _groups(t: Tensors) -> list[Tensors]:
-    return [{n: t[f"{n}.{i}"] for n in NAMES} for i in range(len(t["offsets"]) - 1)]
+    names = [name for name in NAMES if f"{name}.0" in t]
+    return [{n: t[f"{n}.{i}"] for n in names} for i in range(len(t["offsets"]) - 1)]
 
 
 def _loop(t: Tensors, projections: list[Projection]) -> Outputs:
-    rows = t["x"].split(t["offsets"].diff().tolist())
+    # Not from the offsets: reading them on a GPU would wait for it.
+    rows = t["x"].split(_sizes(len(t["x"]), len(projections)))
     parts = []
     for x, own, project in zip(rows, _groups(t), projections, strict=True):
         y = project(own | {"x": x})
@@ -66,6 +72,19 @@ def _merged(t: Tensors) -> Callable[[], Outputs]:
 
     projections = [linear(own) for own in _groups(t)]
     return lambda: _loop(t, projections)
+
+
+def _one_stitch(t: Tensors) -> Callable[[], Outputs]:
+    """All rows by the first group's stitch: what a single GEMM of this size takes."""
+    own = _groups(t)[0]
+    weight = stitching.merged_weight(own).detach()
+    norm = (own["norm_weight"], own["norm_bias"], stitching.EPS)
+
+    def run() -> Outputs:
+        y = F.linear(t["x"], weight, own["bias"])
+        return y, F.layer_norm(y, y.shape[-1:], *norm)
+
+    return run
 
 
 def _ours(t: Tensors) -> Callable[[], Outputs]:
@@ -94,6 +113,7 @@ SUBJECT = Subject(
             lambda t: lambda: _loop(t, [stitching.addmm] * len(_groups(t)))
         ),
         "merged": stitching.Baseline(_merged, lacks=("lora_A", "lora_B")),
+        "one stitch": stitching.Baseline(_one_stitch, compared=False),
     },
     work=_work,
     frozen=("weight",),

@@ -13,8 +13,12 @@ from snkernels.ops import residual_layer_norm
 
 
 def _shapes(images: int) -> list[Shape]:
-    widths = {"S": 384, "B": 768, "L": 1024}
-    return [Shape(name, {"M": images * TOKENS, "N": N}, True) for name, N in widths.items()]
+    """Widths of DeiT3 and, without torch.compile, of the smallest and the largest ViT in use."""
+    widths = {"S": 384, "B": 768, "L": 1024, "Ti": 192, "H": 1280}
+    return [
+        Shape(name, {"M": images * TOKENS, "N": N}, compiled=name in "SBL")
+        for name, N in widths.items()
+    ]
 
 
 def _make(shape: Shape) -> Tensors:

@@ -3,14 +3,16 @@
     python -m benchmarks.record --out benchmarks/results/cpu-NAME.json
 
 Run it on a machine that does nothing else. For two ops on 2 cores it takes about 4 minutes, one or
-two of them in torch.compile the first time.
+two of them in torch.compile the first time. The file is written after every case, so that what
+breaks later loses nothing.
 """
 
 import argparse
 import datetime
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -24,15 +26,26 @@ from benchmarks.timing import Candidate, Samples, Spread, interleave, speedup
 from snkernels.kernels import native
 from snkernels.progress import progress_bar
 
+TESTS_FAILED = "its tests failed on this machine"
 
-def time_case(case: Case, ceilings: Ceilings, seconds: float, rounds: int) -> CaseResult:
-    """Checks all entries, then times those that passed."""
+
+def time_case(
+    case: Case,
+    ceilings: Ceilings,
+    seconds: float,
+    rounds: int,
+    struck: Collection[str] = (),
+) -> CaseResult:
+    """Checks all entries, then times those that passed; those of ``struck`` backends never run."""
     bench = Bench(case)
     entries = case.entries()
     candidates: dict[str, Candidate] = {}
     notes: dict[str, str | None] = {}
     failed: dict[str, str] = {}
     for entry in entries:
+        if entry.backend in struck:
+            failed[entry.name] = TESTS_FAILED
+            continue
         try:
             notes[entry.name] = bench.check(entry)
             candidates[entry.name] = bench.candidate(entry)
@@ -79,47 +92,78 @@ def _result(
     )
 
 
+def prepare(case: Case, struck: Collection[str]) -> None:
+    """Compiles and checks what a later process will time, into the caches of the compilers."""
+    bench = Bench(case)
+    for entry in case.entries():
+        if entry.backend not in struck:
+            bench.check(entry)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 1 where an entry failed its check."""
+    """Returns 1 where an entry failed its check, a case broke, or time ran out."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     known = subjects()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=known, default=list(known))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE-DATE.json")
+    parser.add_argument("--add", action="store_true", help="to the record that is there already")
     parser.add_argument("--seconds", type=float, default=2.5, help="per case")
     parser.add_argument("--rounds", type=int, default=15, help="per case, at least")
+    parser.add_argument("--limit", type=float, help="seconds after which no case begins any more")
+    parser.add_argument(
+        "--struck", nargs="+", default=[], metavar="BACKEND", help="do not run it: its tests failed"
+    )
+    parser.add_argument("--prepare", action="store_true", help="compile everything, time nothing")
     options = parser.parse_args(arguments)
     if native.IMPORT_ERROR is not None:
         sys.exit(f"the compiled module did not import: {native.IMPORT_ERROR}")
 
+    begin = time.perf_counter()
     device = machine.default_device()
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
     out = options.out or RESULTS / f"{device.type}-{now:%Y-%m-%d}.json"
     (commit, dirty), described = machine.commit(), machine.describe()
     todo = [case for op in options.ops for case in cases(known[op], device)]
-    ceilings = roofline.measure(device, todo[0].dtype)
-    record = Record(
-        schema=SCHEMA,
-        date=now.isoformat(),
-        command=shlex.join(["python", "-m", "benchmarks.record", *arguments]),
-        commit=commit,
-        dirty=dirty,
-        device=device.type,
-        threads=torch.get_num_threads(),
-        machine=described,
-        versions=machine.versions(),
-        ceilings=ceilings,
-        cases=[
-            time_case(case, ceilings, options.seconds, options.rounds)
-            for case in progress_bar(todo, "benchmarks")
-        ],
-    )
-    record.save(out)
-    table.write(out)
-    plot.write(out)
-    print(table.markdown(record))
-    print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
-    failures = [f for case in record.cases for entry in case.entries if (f := entry.failed)]
+    if options.prepare:
+        record = None
+    elif options.add and out.exists():
+        record = Record.load(out)
+    else:
+        record = Record(
+            schema=SCHEMA,
+            date=now.isoformat(),
+            command=shlex.join(["python", "-m", "benchmarks.record", *arguments]),
+            commit=commit,
+            dirty=dirty,
+            device=device.type,
+            threads=torch.get_num_threads(),
+            machine=described,
+            versions=machine.versions(),
+            ceilings=roofline.measure(device, todo[0].dtype),
+            cases=[],
+        )
+    failures: list[str] = []
+    for case in progress_bar(todo, "benchmarks"):
+        if options.limit is not None and time.perf_counter() > begin + options.limit:
+            failures.append(f"no time was left for {case} and what comes after it")
+            break
+        try:
+            if record is None:
+                prepare(case, options.struck)
+                continue
+            done = time_case(case, record.ceilings, options.seconds, options.rounds, options.struck)
+        except Exception as error:  # the other cases can still be timed
+            failures.append(f"{case}: {type(error).__name__}: {error}".splitlines()[0])
+            continue
+        record.cases.append(done)
+        record.save(out)
+        failures += [f"{case}: {e.name}: {e.failed}" for e in done.entries if e.failed]
+    if record is not None and record.cases:
+        table.write(out)
+        plot.write(out)
+        print(table.markdown(record))
+        print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

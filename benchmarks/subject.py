@@ -46,10 +46,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another way to write the op. ``lacks``: the arguments to which it gives no gradient."""
+    """Another way to write the op. ``lacks``: the arguments to which it gives no gradient.
+
+    One that is not ``compared`` has other results: a yardstick, not a way to write the op.
+    """
 
     bind: Bind
     lacks: tuple[str, ...] = ()
+    compared: bool = True
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,8 @@ def launch_timer(call: Callable[[], object]) -> Callable[[], float]:
 def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All the calls captured into one CUDA graph; returns its replay.
 
+    A call that waits for the GPU cannot be captured, and is refused before it spoils the capture.
+
     Each call should have inputs of its own, more of them than the L2 cache holds, or it would
     answer for the memory. Outputs live until all calls are captured, for the same reason.
     """
@@ -139,6 +141,12 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
         for _ in range(2):
             for call in calls:
                 call()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            calls[0]()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -142,14 +143,19 @@ void bind_cuda(py::module_& m) {
                    BiasLayerNorm{gemm, bias, norm_weight, norm_bias, eps, y, normed, mean, rstd,
                                  device, reinterpret_cast<void*>(stream)});
         });
+  // `offsets` is a pointer, 0 for one group of all rows; a stitch has the fields of
+  // snk::cuda::Stitch.
   m.def("cuda_stitch_layer_norm_sm90",
-        [](View x, View weight, View bias, View lora_A, View lora_B, float scaling,
-           View norm_weight, View norm_bias, float eps, View y, View normed, View mean, View rstd,
-           int device, uintptr_t stream) {
+        [](View x, uintptr_t offsets, bool offsets_on_host,
+           const std::vector<std::tuple<View, View, View, View, float, View, View>>& stitches,
+           float eps, View y, View normed, View mean, View rstd, int device, uintptr_t stream) {
+          std::vector<Stitch> groups;
+          for (const auto& stitch : stitches)
+            std::apply([&](auto&... fields) { groups.push_back(Stitch{fields...}); }, stitch);
           run_cuda(stitch_layer_norm_sm90,
-                   StitchLayerNorm{x, weight, bias, lora_A, lora_B, scaling, norm_weight,
-                                   norm_bias, eps, y, normed, mean, rstd, device,
-                                   reinterpret_cast<void*>(stream)});
+                   StitchLayerNorm{x, reinterpret_cast<const int64_t*>(offsets), offsets_on_host,
+                                   groups.data(), int(groups.size()), eps, y, normed, mean, rstd,
+                                   device, reinterpret_cast<void*>(stream)});
         });
 }
 #endif

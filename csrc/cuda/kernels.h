@@ -17,14 +17,25 @@ struct BiasLayerNorm {
 };
 int bias_layer_norm(const BiasLayerNorm&);
 
-// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) in one kernel, for compute capability 9.0 alone. x, weight,
-// lora_A and lora_B have the same half-precision dtype, and contiguous rows that begin and end at
-// multiples of 16 bytes: for lora_B pad the rank. Up to 2048 columns and rank 64; y, normed and
-// the statistics as above.
-struct StitchLayerNorm {
-  View x, weight, bias, lora_A, lora_B;
+// The parameters of a stitch and of the norm behind it.
+struct Stitch {
+  View weight, bias, lora_A, lora_B;
   float scaling;
   View norm_weight, norm_bias;
+};
+
+// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) in one kernel, for compute capability 9.0 alone. Group i, with
+// a stitch of its own, has rows offsets[i] up to offsets[i + 1]: groups + 1 values, which in device
+// memory nobody looks at before the kernel does. A null pointer means one group of all rows.
+// x, weight, lora_A and lora_B have the same half-precision dtype, and contiguous rows that begin
+// and end at multiples of 16 bytes: for lora_B pad the rank. Up to 2048 columns and rank 64; y,
+// normed and the statistics as above.
+struct StitchLayerNorm {
+  View x;
+  const int64_t* offsets;
+  bool offsets_on_host;
+  const Stitch* stitches;
+  int groups;
   float eps;
   View y, normed, mean, rstd;
   int device;

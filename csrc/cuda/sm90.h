@@ -40,6 +40,12 @@ __device__ inline uint32_t remote_address(uint32_t address, uint32_t rank) {
   return remote;
 }
 
+// Some whole warps of a CTA, by barrier 1, beside which __syncthreads has its own.
+template <int COUNT>
+__device__ void consumer_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
+}
+
 // ---- Barriers -----------------------------------------------------------------------------------
 
 __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {

@@ -38,18 +38,37 @@ cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, i
   return cudaSuccess;
 }
 
-template <typename T, int WIDTH, int RANK>
-cudaError_t launch(const StitchLayerNorm& p) {
+cudaError_t describe(const Stitch& stitch, int width, int rank, Group& group) {
+  cudaError_t error = tile_map(stitch.weight, width, group.weight);
+  if (rank > 0 && error == cudaSuccess) {
+    const bool low_rank = stitch.lora_A.rows > 0;
+    // Without one, the zeros that lie beyond W.
+    error = tile_map(low_rank ? stitch.lora_A : stitch.weight, rank, group.lora_A);
+    if (error == cudaSuccess)
+      error = tile_map(low_rank ? stitch.lora_B : stitch.weight, width, group.lora_B);
+    group.low_rank_row = low_rank ? 0 : int(stitch.weight.rows);
+  }
+  group.bias = {stitch.bias.data, stitch.bias.dtype};
+  group.norm_weight = {stitch.norm_weight.data, stitch.norm_weight.dtype};
+  group.norm_bias = {stitch.norm_bias.data, stitch.norm_bias.dtype};
+  group.scaling = stitch.scaling;
+  return error;
+}
+
+// The groups from `first` on, as many as one launch takes.
+template <typename T, int WIDTH, int RANK, int GROUPS>
+cudaError_t launch(const StitchLayerNorm& p, int first) {
   const int cols = int(p.y.cols), rows = int(p.y.rows), slices = sm90::slices(cols);
-  Arguments arguments{};
+  Arguments<GROUPS> arguments{};
+  arguments.groups = p.groups - first < GROUPS ? p.groups - first : GROUPS;
   cudaError_t error = tile_map(p.x, BAND, arguments.x);
-  if (error == cudaSuccess) error = tile_map(p.weight, WIDTH, arguments.weight);
-  if (RANK > 0 && error == cudaSuccess) error = tile_map(p.lora_A, RANK, arguments.lora_A);
-  if (RANK > 0 && error == cudaSuccess) error = tile_map(p.lora_B, WIDTH, arguments.lora_B);
+  for (int i = 0; i < arguments.groups && error == cudaSuccess; ++i)
+    error = describe(p.stitches[first + i], WIDTH, RANK, arguments.group[i]);
   if (error != cudaSuccess) return error;
-  arguments.bias = {p.bias.data, p.bias.dtype};
-  arguments.norm_weight = {p.norm_weight.data, p.norm_weight.dtype};
-  arguments.norm_bias = {p.norm_bias.data, p.norm_bias.dtype};
+  if (GROUPS > 1 && p.offsets_on_host)
+    for (int i = 0; i <= arguments.groups; ++i) arguments.known[i] = int(p.offsets[first + i]);
+  else if (GROUPS > 1)
+    arguments.offsets = p.offsets + first;
   arguments.y = p.y.data;
   arguments.normed = p.normed.data;
   arguments.mean = static_cast<float*>(p.mean.data);
@@ -58,11 +77,10 @@ cudaError_t launch(const StitchLayerNorm& p) {
   arguments.cols = cols;
   arguments.k_steps = int((p.x.cols + TILE_K - 1) / TILE_K);
   arguments.slices = slices;
-  arguments.scaling = p.scaling;
   arguments.eps = p.eps;
   arguments.per_column = 1.0f / float(cols);
 
-  const auto kernel = stitch_layer_norm_sm90_kernel<T, WIDTH, RANK>;
+  const auto kernel = stitch_layer_norm_sm90_kernel<T, WIDTH, RANK, GROUPS>;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(slices), 1, 1};
@@ -76,17 +94,29 @@ cudaError_t launch(const StitchLayerNorm& p) {
   int clusters;
   error = resident_clusters(kernel, config, p.device, slices, clusters);
   if (error != cudaSuccess) return error;
-  const int bands = (rows + BAND - 1) / BAND;
+  // Where each group begins only the device knows: every group may end in a band of its own.
+  const int bands = (rows - 1) / BAND + arguments.groups;
   config.gridDim = dim3(slices * (bands < clusters ? bands : clusters));
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
+template <typename T, int WIDTH, int RANK>
+cudaError_t launch_groups(const StitchLayerNorm& p) {
+  if (p.offsets == nullptr) return launch<T, WIDTH, RANK, 1>(p, 0);
+  cudaError_t error = cudaSuccess;
+  for (int first = 0; first < p.groups && error == cudaSuccess; first += MAX_GROUPS)
+    error = launch<T, WIDTH, RANK, MAX_GROUPS>(p, first);
+  return error;
+}
+
 template <typename T, int WIDTH>
 cudaError_t launch_for_rank(const StitchLayerNorm& p) {
-  const int64_t rank = p.lora_A.rows;
-  if (rank == 0) return launch<T, WIDTH, 0>(p);
-  if (rank <= 16) return launch<T, WIDTH, 16>(p);
-  if (rank <= 64) return launch<T, WIDTH, 64>(p);
+  int64_t rank = 0;
+  for (int i = 0; i < p.groups; ++i)
+    if (p.stitches[i].lora_A.rows > rank) rank = p.stitches[i].lora_A.rows;
+  if (rank == 0) return launch_groups<T, WIDTH, 0>(p);
+  if (rank <= 16) return launch_groups<T, WIDTH, 16>(p);
+  if (rank <= 64) return launch_groups<T, WIDTH, 64>(p);
   return cudaErrorInvalidValue;
 }
 

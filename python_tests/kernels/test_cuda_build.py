@@ -52,7 +52,7 @@ def test_resources(cuobjdump: str) -> None:
     """No kernel spills; the Hopper kernel's registers are those that it redistributes."""
     kernels = dump(cuobjdump, "--dump-resource-usage")
     hopper = [name for name in kernels if HOPPER_KERNEL in name]
-    assert len(hopper) == 12  # two dtypes, two widths, three ranks
+    assert len(hopper) == 24  # two dtypes, two widths, three ranks; one group or many
     assert all(name.startswith("sm_90a ") for name in hopper)
     for name, usage in kernels.items():
         used = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
@@ -65,18 +65,19 @@ def test_resources(cuobjdump: str) -> None:
 
 def test_hopper_instructions(cuobjdump: str) -> None:
     """Warpgroup products, multicast copies, registers that change hands; no local memory."""
-    # Disassembling all twelve takes seconds; these have every width, rank and dtype.
+    # Disassembling all takes a minute; these have every width, rank, dtype and number of groups.
     chosen = [
         name.split()[1]
         for name in dump(cuobjdump, "--dump-resource-usage")
         if re.search(
-            HOPPER_KERNEL + r"I(6__halfLi256ELi64|13__nv_bfloat16Li(192ELi16|256ELi0))E", name
+            HOPPER_KERNEL + r"I(6__halfLi256ELi64ELi1|13__nv_bfloat16Li(192ELi16|256ELi0)ELi32)E",
+            name,
         )
     ]
     hopper = dump(cuobjdump, "-sass", "-fun", ",".join(chosen))
     assert len(hopper) == 3
     for name, code in hopper.items():
-        width, rank = (int(number) for number in re.findall(r"Li(\d+)E", name))
+        width, rank, _ = (int(number) for number in re.findall(r"Li(\d+)E", name))
         assert code.count(f"HGMMA.64x{width}x16.F32") == 4 + 2 * rank // 16, name
         assert code.count(f"HGMMA.64x{rank}x16.F32") == (4 if rank else 0), name
         assert code.count("UTMALDG.2D.MULTICAST") == (2 if rank else 1), name

@@ -51,26 +51,63 @@ def test_every_tile_and_phase(
 ) -> None:
     """y, LN(y), mean and 1/σ to within rounding, whatever lands in whatever order."""
     for seed in range(3):
-        shape = (rows, in_features, out_features, rank, clusters, seed)
-        result = subprocess.run([run, dtype, *map(str, shape)], capture_output=True, text=True)
-        assert result.returncode == 0, (shape, result.stdout, result.stderr)
+        check(run, dtype, rows, in_features, out_features, clusters, seed, rank)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_features", "out_features", "clusters", "ranks", "offsets"),
+    [
+        ("bfloat16", 192, 1024, 1, [64], [0, 130]),  # one group
+        ("float16", 136, 384, 2, [4, 16, 0], [0, 37, 37, 300]),  # unequal, one of them empty
+        ("bfloat16", 64, 768, 2, [4, 40, 0, 1], [0, 129, 138, 266, 267]),  # ragged ends
+        ("float16", 8, 8, 3, [0] * 32, list(range(0, 33 * 9, 9))),  # as many as a launch takes
+        ("float16", 8, 264, 2, [3] * 5, [0] * 6),  # nothing but empty ones
+    ],
+)
+def test_groups(
+    run: Path,
+    dtype: str,
+    in_features: int,
+    out_features: int,
+    clusters: int,
+    ranks: list[int],
+    offsets: list[int],
+) -> None:
+    """Each group to within rounding, and bit for bit what the single op makes of its rows."""
+    rows = max(offsets[-1], 1)
+    for seed in range(3):
+        check(run, dtype, rows, in_features, out_features, clusters, seed, ranks, offsets)
+
+
+@pytest.mark.parametrize("offsets", [[-7, 40, 170, 900], [2, 9, 9, 138], [140, 3, 140, 0]], ids=str)
+def test_offsets_that_nobody_could_check(run: Path, offsets: list[int]) -> None:
+    """Whatever they are, a row outside the groups is not written, nor one outside the matrix."""
+    check(run, "bfloat16", 140, 72, 200, 2, 0, [4, 16, 0], offsets)
+
+
+def check(run: Path, *arguments: object) -> None:
+    texts = [",".join(map(str, a)) if isinstance(a, list) else str(a) for a in arguments]
+    result = subprocess.run([run, *texts], capture_output=True, text=True)
+    assert result.returncode == 0, (texts, result.stdout, result.stderr)
 
 
 def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def obstacle(dtype: torch.dtype, in_features: int, out_features: int, rank: int) -> str | None:
-        x, lora_A = (torch.empty(rows, in_features, dtype=dtype) for rows in (3, rank))
-        return native.cluster_kernel_obstacle(x, torch.empty(out_features, in_features), lora_A)
+    def obstacle(dtype: torch.dtype, in_features: int, out_features: int, *ranks: int) -> str:
+        x = torch.empty(3, in_features, dtype=dtype)
+        weights = [torch.empty(out_features, in_features)] * len(ranks)
+        lora_As = [torch.empty(rank, in_features) for rank in ranks]
+        return str(native.cluster_kernel_obstacle(x, weights, lora_As))
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert obstacle(torch.bfloat16, 384, 1024, 64) is None
-    assert obstacle(torch.float16, 8, 2048, 0) is None
-    assert "not torch.float32" in str(obstacle(torch.float32, 384, 1024, 64))
-    assert "not 1024 from 390" in str(obstacle(torch.float16, 390, 1024, 64))
-    assert "not 2056 from 384" in str(obstacle(torch.float16, 384, 2056, 64))
-    assert "ranks up to 64, not 65" in str(obstacle(torch.float16, 384, 1024, 65))
+    assert obstacle(torch.bfloat16, 384, 1024, 64, 0) == "None"
+    assert obstacle(torch.float16, 8, 2048, 0) == "None"
+    assert "not torch.float32" in obstacle(torch.float32, 384, 1024, 64)
+    assert "not 1024 from 390" in obstacle(torch.float16, 390, 1024, 64)
+    assert "not 2056 from 384" in obstacle(torch.float16, 384, 2056, 64)
+    assert "ranks up to 64, not 65" in obstacle(torch.float16, 384, 1024, 64, 65, 3)
+    x = torch.empty(3, 8).half()
+    assert "is the identity" in str(native.cluster_kernel_obstacle(x, [None], [None]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "9.0, not on 8.0" in str(obstacle(torch.bfloat16, 384, 1024, 64))
+    assert "9.0, not on 8.0" in obstacle(torch.bfloat16, 384, 1024, 64)
     with pytest.raises(ValueError, match=r"cannot run: it runs on compute capability 9\.0"):
-        native.cuda_stitch_layer_norm(
-            torch.empty(3, 8).half(), torch.empty(8, 8), None, None, None, 1.0, None, None, 1e-6
-        )
+        native.cuda_stitch_layer_norm(x, torch.empty(8, 8), None, None, None, 1.0, None, None, 1e-6)

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -28,8 +29,8 @@ def _tensors_are_made_on_the_device() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that runs here and has the op, the one for CPUs once per instruction set."""
     name, _, isa = request.param.partition("-")
-    if name not in OFFERED[op_of(request)]:
-        pytest.skip(f"{op_of(request)} has no {name} kernel")
+    if name not in OFFERED[op := op_of(request.node)]:
+        pytest.skip(f"{op} has no {name} kernel")
     if not isa:
         with use_backend(name):
             yield name
@@ -46,17 +47,35 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         native._C.cpu_use_isa(previous)
 
 
-def op_of(request: pytest.FixtureRequest) -> str:
+def op_of(test: pytest.Function) -> str:
     """The op that a test is about: its parameter, or else its module's only one."""
-    tested = request.node.callspec.params.values()
+    tested = test.callspec.params.values()
     names = [op.library for op in OPS.values() if op in tested]
-    return names[0] if names else request.module.OP
+    return names[0] if names else test.module.OP
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """SNKERNELS_TEST_KERNEL=op:backend leaves the tests of that kernel, and "none" all others.
+
+    A kernel that reads where it must not breaks all later work of its process on a GPU, so there
+    each is tested in a process of its own (benchmarks/gpu.py).
+    """
+    if (chosen := os.environ.get("SNKERNELS_TEST_KERNEL")) is None:
+        return
+    kept, left = [], []
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        kernel = f"{op_of(item)}:{backend}" if backend in ("triton", "cuda") else "none"
+        (kept if kernel == chosen else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture
 def nan_filled() -> Iterator[None]:
     """Fresh memory is NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
+    # A warning is enough: cuBLAS and others would refuse to run, and here it is the filling alone.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(1).isnan().all()
     try:

@@ -386,13 +386,23 @@ def cuda_bias_layer_norm(
     return y, normed, mean, rstd
 
 
-def cluster_kernel_obstacle(x: Tensor, weight: Tensor, lora_A: Tensor | None) -> str | None:
-    """Why :func:`cuda_stitch_layer_norm` does not take these operands; None if it does."""
-    (out_features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
+def cluster_kernel_obstacle(
+    x: Tensor, weights: Sequence[Tensor | None], lora_As: Sequence[Tensor | None]
+) -> str | None:
+    """Why the Hopper kernel does not take these operands, W and A of each group; None if it does.
+
+    :func:`cuda_stitch_layer_norm` is a call with one group.
+    """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {x.dtype}"
-    if in_features % 8 or out_features % 8 or not in_features or not 0 < out_features <= 2048:
-        return f"it takes multiples of 8, up to 2048 out, not {out_features} from {in_features}"
+    rank = 0
+    for weight, lora_A in zip(weights, lora_As, strict=True):
+        if weight is None:
+            return "it projects every group, but one is the identity"
+        out_features, in_features = weight.shape
+        if in_features % 8 or out_features % 8 or not in_features or not 0 < out_features <= 2048:
+            return f"it takes multiples of 8, up to 2048 out, not {out_features} from {in_features}"
+        rank = max(rank, 0 if lora_A is None else lora_A.shape[0])
     if rank > 64:
         return f"it takes ranks up to 64, not {rank}"
     if x.shape[0] > 2**31 - 128:
@@ -424,34 +434,85 @@ def cuda_stitch_layer_norm(
     Raises:
         ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
     """
-    if obstacle := cluster_kernel_obstacle(x, weight, lora_A):
-        raise ValueError(f"the Hopper kernel cannot run: {obstacle}")
-    (features, in_features), rank = weight.shape, 0 if lora_A is None else lora_A.shape[0]
-    if lora_B is not None and rank % 8:
-        # The copy engine reads rows that begin at multiples of 16 bytes.
-        lora_B = torch.nn.functional.pad(lora_B, (0, -rank % 8))
+    own = (weight, bias, lora_A, lora_B, norm_weight, norm_bias)
+    return _cluster_kernel(x, None, own, (scaling,), eps)
 
-    # In a list until the launch, so that no copy's memory is given to the next.
-    operands = []
-    for tensor in (x, weight, lora_A, lora_B):
-        if tensor is not None:
-            tensor = tensor.to(x.dtype).contiguous()
-            if tensor.data_ptr() % 16:
-                tensor = tensor.clone()
-        operands.append(tensor)
-    vectors = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
-    bias, norm_weight, norm_bias = vectors
-    rows = x.shape[0]
+
+def cuda_multi_stitch_layer_norm(
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same kernel over groups of rows, 32 of them in a launch; ``tensors`` holds six of each.
+
+    Offsets in device memory are read by the kernel alone, so nobody waits for them, and a captured
+    graph goes by those that it finds when it is replayed; those in CPU memory go into the launch.
+    Rows that belong to no group are not written.
+
+    Never run on a GPU yet: compiled, and its source run on a stand-in machine in the tests.
+
+    Raises:
+        ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
+    """
+    return _cluster_kernel(x, group_offsets.contiguous(), tensors, scalings, eps)
+
+
+def _cluster_kernel(
+    x: Tensor,
+    group_offsets: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``tensors``: W, b, A, B, norm weight and norm bias of each group."""
+    if obstacle := cluster_kernel_obstacle(x, tensors[::6], tensors[2::6]):
+        raise ValueError(f"the Hopper kernel cannot run: {obstacle}")
+    # Until the launch, or one copy's memory would be given to the next.
+    kept: list[Tensor] = []
+
+    def operand(name: str, tensor: Tensor | None, rows: int, cols: int) -> View | None:
+        """In the dtype of x, in rows that begin at multiples of 16 bytes, as they are copied."""
+        if tensor is None:
+            return None
+        tensor = tensor.to(x.dtype)
+        if tensor.shape[-1] % 8:
+            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 8))
+        tensor = tensor.contiguous()
+        if tensor.data_ptr() % 16:
+            tensor = tensor.clone()
+        kept.append(tensor)
+        return _view(name, tensor, rows, cols + -cols % 8, "cuda")
+
+    def vector(name: str, tensor: Tensor | None) -> View | None:
+        if tensor is None:
+            return None
+        kept.append(tensor.contiguous())
+        return _view(name, kept[-1], 1, features, "cuda")
+
+    (rows, in_features), features = x.shape, tensors[0].shape[0]  # type: ignore[union-attr]
+    stitches = []
+    for i, scaling in enumerate(scalings):
+        weight, bias, lora_A, lora_B, norm_weight, norm_bias = tensors[6 * i : 6 * (i + 1)]
+        rank = 0 if lora_A is None else lora_A.shape[0]
+        stitches.append(
+            (
+                operand("weight", weight, features, in_features),
+                vector("bias", bias),
+                operand("lora_A", lora_A, rank, in_features),
+                operand("lora_B", lora_B, features, rank),
+                scaling,
+                vector("norm_weight", norm_weight),
+                vector("norm_bias", norm_bias),
+            )
+        )
     y, normed, mean, rstd = norm_outputs(x, features)
     _C.cuda_stitch_layer_norm_sm90(
-        _view("x", operands[0], rows, in_features, "cuda"),
-        _view("weight", operands[1], features, in_features, "cuda"),
-        _view("bias", bias, 1, features, "cuda"),
-        _view("lora_A", operands[2], rank, in_features, "cuda"),
-        _view("lora_B", operands[3], features, rank + -rank % 8, "cuda"),
-        scaling,
-        _view("norm_weight", norm_weight, 1, features, "cuda"),
-        _view("norm_bias", norm_bias, 1, features, "cuda"),
+        operand("x", x, rows, in_features),
+        0 if group_offsets is None else group_offsets.data_ptr(),
+        group_offsets is not None and group_offsets.is_cpu,
+        stitches,
         eps,
         _view("y", y, rows, features, "cuda"),
         _view("normed", normed, rows, features, "cuda"),

@@ -218,18 +218,37 @@ def _one_by_one_backward(
     return run
 
 
+_torch = without_autocast(_one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm)))
+_torch_backward = without_autocast(
+    _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
+)
+
+
+@without_autocast
+def _cuda(
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    out_features: int,
+    normalize: bool,
+    eps: float,
+) -> Outputs:
+    weights, lora_As = tensors[::TENSORS], tensors[2::TENSORS]
+    if normalize and native.cluster_kernel_obstacle(x, weights, lora_As) is None:
+        return native.cuda_multi_stitch_layer_norm(x, group_offsets, tensors, scalings, eps)
+    return _torch(x, group_offsets, tensors, scalings, out_features, normalize, eps)
+
+
 register(
     "multi_stitch(Tensor x, Tensor group_offsets, Tensor?[] tensors, float[] scalings,"
     " int out_features, bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations={
-        "torch": _checked(
-            without_autocast(
-                _one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm))
-            )
-        ),
+        "torch": _checked(_torch),
         "cpu": _checked(native.multi_stitch_forward),
         "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_forward")),
+        "cuda": _checked(_cuda),
     },
 )
 register(
@@ -238,11 +257,11 @@ register(
     " -> Tensor[]",
     fake=_fake_backward,
     implementations={
-        "torch": without_autocast(
-            _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
-        ),
+        "torch": _torch_backward,
         "cpu": native.multi_stitch_backward,
         "triton": triton_kernel("multi_stitch", "multi_stitch_backward"),
+        # Only the forward is compiled so far; its residuals are those of the torch backend.
+        "cuda": _torch_backward,
     },
 )
 

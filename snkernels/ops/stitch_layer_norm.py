@@ -58,7 +58,7 @@ def _cuda(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if native.cluster_kernel_obstacle(x, weight, lora_A) is None:
+    if native.cluster_kernel_obstacle(x, (weight,), (lora_A,)) is None:
         return native.cuda_stitch_layer_norm(
             x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
         )

@@ -51,7 +51,7 @@ struct Thread {
   Index thread, block;
   int cta;
   Warp* warp;
-  long exchanges = 0, syncs = 0, arrivals_in_flight = 0;
+  long exchanges = 0, syncs = 0, cta_syncs = 0, arrivals_in_flight = 0;
   std::vector<std::function<void()>> products;
   long asleep_until = 0;
   std::function<bool()> ready = [] { return true; };
@@ -72,6 +72,7 @@ inline std::map<uint32_t, Barrier> barriers;
 inline std::vector<Operation> in_flight;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline long sync_arrivals;
+inline std::vector<long> cta_sync_arrivals;  // by CTA
 inline long now, last_event;  // in rounds of the scheduler
 
 // Mostly short, now and then longer than a band of rows takes.
@@ -107,7 +108,8 @@ inline void settle(Barrier& b) {
   }
 }
 
-inline uint32_t exchange(uint32_t value, int source) {
+// What every lane of the warp has brought, once all have come.
+inline const uint32_t* exchange(uint32_t value) {
   Thread& self = *current;
   const int lane = self.thread.x % 32, set = self.exchanges % 2;
   const long needed = 32 * (self.exchanges / 2 + 1);
@@ -115,8 +117,9 @@ inline uint32_t exchange(uint32_t value, int source) {
   self.warp->value[set][lane] = value;
   ++self.warp->deposits[set];
   wait_until([&warp = *self.warp, set, needed] { return warp.deposits[set] >= needed; });
-  return self.warp->value[set][source];
+  return self.warp->value[set];
 }
+inline uint32_t exchange(uint32_t value, int source) { return exchange(value)[source]; }
 
 inline void run_cluster(const std::function<void()>& kernel, int first, int ctas,
                         int threads_per_cta, int shared_bytes) {
@@ -126,6 +129,7 @@ inline void run_cluster(const std::function<void()>& kernel, int first, int ctas
   barriers.clear();
   threads.clear();
   sync_arrivals = 0;
+  cta_sync_arrivals.assign(ctas, 0);
   std::vector<Warp> warps(ctas * threads_per_cta / 32);
   std::vector<long> start(ctas);
   for (long& moment : start) moment = now + random_delay();
@@ -226,3 +230,14 @@ V __shfl_xor_sync(unsigned, V value, int distance) {
 inline int __shfl_sync(unsigned, int value, int source) {
   return int(machine::exchange(uint32_t(value), source));
 }
+inline int __shfl_up_sync(unsigned, int value, int distance) {
+  const int lane = int(threadIdx.x % 32);
+  return int(machine::exchange(uint32_t(value), lane < distance ? lane : lane - distance));
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint32_t* votes = machine::exchange(vote);
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= votes[lane] << lane;
+  return all;
+}
+inline int __ffs(int word) { return __builtin_ffs(word); }

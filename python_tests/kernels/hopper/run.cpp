@@ -1,4 +1,6 @@
-// run DTYPE ROWS IN OUT RANK CLUSTERS SEED: one launch on the stand-in machine, judged against fp64.
+// run DTYPE ROWS IN OUT CLUSTERS SEED RANK: one launch on the stand-in machine, judged against fp64.
+// run … RANK,RANK,… OFFSET,OFFSET,…: that many groups, each judged so; and each must equal, bit for
+// bit, a launch of its own rows and stitch alone. The offsets are in device memory if SEED is even.
 #include "machine.h"
 
 #include "cuda/stitch_layer_norm_sm90.h"
@@ -39,93 +41,204 @@ struct Output {
   }
 };
 
-template <typename T, int WIDTH, int RANK>
-int run(int rows, int in, int out, int rank, int clusters, int seed) {
-  std::mt19937 source(seed);
-  machine::random_source.seed(seed);
-  const Matrix<T> x(rows, in, 1, source), weight(out, in, 1 / std::sqrt(in), source);
-  const int stored_rank = (rank + 7) / 8 * 8;
-  const Matrix<T> A(rank, in, 1 / std::sqrt(in), source);
-  Matrix<T> B(out, stored_rank, 1, source);
-  for (int j = 0; j < out; ++j)
-    for (int k = rank; k < stored_rank; ++k) B.data[j * stored_rank + k] = T(0.f);
-  const Matrix<T> bias(1, out, 3, source);
-  const Matrix<float> norm_weight(1, out, 1, source), norm_bias(1, out, 1, source);
-  const size_t bytes = size_t(rows) * out * 2;
-  Output y(bytes), normed(bytes), mean(rows * 4), rstd(rows * 4);
+struct Case {
+  int rows, in, out, clusters, seed;
+  std::vector<int> ranks;
+  std::vector<int64_t> offsets;  // none: one group of all rows
+};
 
-  Arguments p{};
-  x.map(p.x, BAND);
-  weight.map(p.weight, WIDTH);
-  if (RANK > 0) A.map(p.lora_A, RANK), B.map(p.lora_B, WIDTH);
-  const auto half = std::is_same_v<T, __half> ? snk::DType::f16 : snk::DType::bf16;
-  p.bias = {bias.data.data(), half};
-  p.norm_weight = {norm_weight.data.data(), snk::DType::f32};
-  p.norm_bias = {norm_bias.data.data(), snk::DType::f32};
-  p.y = y.data.data(), p.normed = normed.data.data();
-  p.mean = reinterpret_cast<float*>(mean.data.data());
-  p.rstd = reinterpret_cast<float*>(rstd.data.data());
-  p.rows = rows, p.cols = out, p.k_steps = (in + TILE_K - 1) / TILE_K, p.slices = slices(out);
-  p.scaling = 0.7f, p.eps = 1e-5f, p.per_column = 1.0f / out;
-  machine::run([&] { stitch_layer_norm_sm90_kernel<T, WIDTH, RANK>(p); }, clusters * p.slices,
-               p.slices, THREADS, Shared<WIDTH, RANK>::BYTES);
+template <typename T>
+struct Stitch {
+  int rank;
+  Matrix<T> weight, A, B, bias;
+  Matrix<float> norm_weight, norm_bias;
+  float scaling;
+  Stitch(int in, int out, int rank, std::mt19937& source)
+      : rank(rank),
+        weight(out, in, 1 / std::sqrt(in), source),
+        A(rank, in, 1 / std::sqrt(in), source),
+        B(out, (rank + 7) / 8 * 8, 1, source),
+        bias(1, out, 3, source),
+        norm_weight(1, out, 1, source),
+        norm_bias(1, out, 1, source),
+        scaling(0.3f + float(source() % 8) / 8) {
+    for (int j = 0; j < out; ++j)
+      for (int k = rank; k < B.cols; ++k) B.data[j * B.cols + k] = T(0.f);
+  }
+  // As the launcher does it (stitch_layer_norm_sm90.cu).
+  void describe(int width, int padded_rank, Group& group) const {
+    weight.map(group.weight, width);
+    if (padded_rank > 0) {
+      (rank > 0 ? A : weight).map(group.lora_A, padded_rank);
+      (rank > 0 ? B : weight).map(group.lora_B, width);
+      group.low_rank_row = rank > 0 ? 0 : weight.rows;
+    }
+    const auto half = std::is_same_v<T, __half> ? snk::DType::f16 : snk::DType::bf16;
+    group.bias = {bias.data.data(), half};
+    group.norm_weight = {norm_weight.data.data(), snk::DType::f32};
+    group.norm_bias = {norm_bias.data.data(), snk::DType::f32};
+    group.scaling = scaling;
+  }
+};
 
-  const double ulp = std::is_same_v<T, __half> ? 1.0 / 2048 : 1.0 / 256;  // half of a unit at 1
+struct Outputs {
+  size_t rows, bytes;
+  Output y, normed, mean, rstd;
+  Outputs(int rows, int out)
+      : rows(rows), bytes(size_t(rows) * out * 2), y(bytes), normed(bytes), mean(rows * 4),
+        rstd(rows * 4) {}
+  bool guarded() const {
+    return y.guarded(bytes) && normed.guarded(bytes) && mean.guarded(rows * 4) &&
+           rstd.guarded(rows * 4);
+  }
+  // Whether all outputs of these rows are those of the first rows of others.
+  bool equal(size_t first, size_t count, const Outputs& others) const {
+    const auto same = [&](const Output& a, const Output& b, size_t row_bytes) {
+      const auto* p = reinterpret_cast<const char*>(a.data.data());
+      return std::memcmp(p + first * row_bytes, b.data.data(), count * row_bytes) == 0;
+    };
+    const size_t row_bytes = bytes / rows;
+    return same(y, others.y, row_bytes) && same(normed, others.normed, row_bytes) &&
+           same(mean, others.mean, 4) && same(rstd, others.rstd, 4);
+  }
+};
+
+constexpr float EPS = 1e-5f;
+
+template <typename T, int WIDTH, int RANK, int GROUPS>
+Outputs launch(const Case& c, const Matrix<T>& x, const std::vector<const Stitch<T>*>& stitches,
+               const int64_t* offsets, int first_row, int rows) {
+  Outputs to(rows, c.out);
+  Arguments<GROUPS> p{};
+  machine::make_map(p.x, reinterpret_cast<const uint16_t*>(&x.data[size_t(first_row) * c.in]), rows,
+                    c.in, BAND);
+  for (size_t i = 0; i < stitches.size(); ++i) stitches[i]->describe(WIDTH, RANK, p.group[i]);
+  p.groups = int(stitches.size());
+  if (c.seed % 2 == 0) p.offsets = offsets;
+  else if (offsets != nullptr)
+    for (int i = 0; i <= p.groups; ++i) p.known[i] = int(offsets[i]);
+  p.y = to.y.data.data(), p.normed = to.normed.data.data();
+  p.mean = reinterpret_cast<float*>(to.mean.data.data());
+  p.rstd = reinterpret_cast<float*>(to.rstd.data.data());
+  p.rows = rows, p.cols = c.out, p.k_steps = (c.in + TILE_K - 1) / TILE_K, p.slices = slices(c.out);
+  p.eps = EPS, p.per_column = 1.0f / c.out;
+  machine::run([&] { stitch_layer_norm_sm90_kernel<T, WIDTH, RANK, GROUPS>(p); },
+               c.clusters * p.slices, p.slices, THREADS, Shared<WIDTH, RANK>::BYTES);
+  machine::check(to.guarded(), "written behind an output");
+  return to;
+}
+
+// Of each of y, mean, rstd and normed, the largest error over what rounding allows.
+struct Judge {
   double worst[4] = {};
-  const auto judge = [&](int what, double value, double expected, double allowed) {
+  void see(int what, double value, double expected, double allowed) {
     const double error = std::abs(value - expected) / allowed;
     if (!(error <= worst[what])) worst[what] = error;
-  };
-  for (int i = 0; i < rows; ++i) {
-    std::vector<double> low(rank, 0.0);
-    for (int r = 0; r < rank; ++r)
-      for (int k = 0; k < in; ++k) low[r] += x.at(i, k) * A.at(r, k);
+  }
+  template <typename T>
+  void row(const Matrix<T>& x, int i, const Stitch<T>& s, const Outputs& found) {
+    const double ulp = std::is_same_v<T, __half> ? 1.0 / 2048 : 1.0 / 256;  // half of a unit at 1
+    const int in = x.cols, out = s.weight.rows;
+    std::vector<double> low(s.rank, 0.0);
+    for (int r = 0; r < s.rank; ++r)
+      for (int k = 0; k < in; ++k) low[r] += x.at(i, k) * s.A.at(r, k);
     double total = 0, squares = 0;
     for (int j = 0; j < out; ++j) {
-      double expected = bias.at(0, j);
-      for (int k = 0; k < in; ++k) expected += x.at(i, k) * weight.at(j, k);
-      for (int r = 0; r < rank; ++r) expected += double(p.scaling) * low[r] * B.at(j, r);
-      const double value = float(y.at<T>(size_t(i) * out + j));
-      judge(0, value, expected, ulp * std::abs(expected) + 1e-4);
+      double expected = s.bias.at(0, j);
+      for (int k = 0; k < in; ++k) expected += x.at(i, k) * s.weight.at(j, k);
+      for (int r = 0; r < s.rank; ++r) expected += double(s.scaling) * low[r] * s.B.at(j, r);
+      const double value = float(found.y.template at<T>(size_t(i) * out + j));
+      see(0, value, expected, ulp * std::abs(expected) + 1e-4);
       total += value;
     }
     const double centre = total / out;
     for (int j = 0; j < out; ++j)
-      squares += std::pow(float(y.at<T>(size_t(i) * out + j)) - centre, 2);
-    const double scale = 1 / std::sqrt(squares / out + p.eps);
-    judge(1, mean.at<float>(i), centre, 1e-5);
-    judge(2, rstd.at<float>(i), scale, 1e-5 * scale);
+      squares += std::pow(float(found.y.template at<T>(size_t(i) * out + j)) - centre, 2);
+    const double scale = 1 / std::sqrt(squares / out + EPS);
+    see(1, found.mean.template at<float>(i), centre, 1e-5);
+    see(2, found.rstd.template at<float>(i), scale, 1e-5 * scale);
     for (int j = 0; j < out; ++j) {
-      const double expected = (float(y.at<T>(size_t(i) * out + j)) - centre) * scale *
-                                  norm_weight.at(0, j) + norm_bias.at(0, j);
-      judge(3, float(normed.at<T>(size_t(i) * out + j)), expected, ulp * std::abs(expected) + 1e-4);
+      const double value = float(found.y.template at<T>(size_t(i) * out + j));
+      const double expected =
+          (value - centre) * scale * s.norm_weight.at(0, j) + s.norm_bias.at(0, j);
+      see(3, float(found.normed.template at<T>(size_t(i) * out + j)), expected,
+          ulp * std::abs(expected) + 1e-4);
     }
   }
+};
+
+template <typename T, int WIDTH, int RANK>
+int run(const Case& c) {
+  std::mt19937 source(c.seed);
+  machine::random_source.seed(c.seed);
+  const Matrix<T> x(c.rows, c.in, 1, source);
+  std::vector<Stitch<T>> stitches;
+  for (int rank : c.ranks) stitches.emplace_back(c.in, c.out, rank, source);
+  Judge judge;
+  if (c.offsets.empty()) {
+    const auto found = launch<T, WIDTH, RANK, 1>(c, x, {&stitches[0]}, nullptr, 0, c.rows);
+    for (int i = 0; i < c.rows; ++i) judge.row(x, i, stitches[0], found);
+  } else {
+    std::vector<const Stitch<T>*> all;
+    for (const auto& stitch : stitches) all.push_back(&stitch);
+    const auto found =
+        launch<T, WIDTH, RANK, MAX_GROUPS>(c, x, all, c.offsets.data(), 0, c.rows);
+    int next = 0;
+    const auto untouched = [&](int stop) {
+      for (; next < stop; ++next)
+        machine::check(std::isnan(found.mean.template at<float>(next)), "wrote nobody's row");
+    };
+    for (size_t g = 0; g < all.size(); ++g) {
+      const int start = int(std::clamp<int64_t>(c.offsets[g], 0, c.rows));
+      const int stop = int(std::clamp<int64_t>(c.offsets[g + 1], 0, c.rows));
+      if (start >= stop) continue;
+      untouched(start);
+      next = stop;
+      for (int i = start; i < stop; ++i) judge.row(x, i, stitches[g], found);
+      const auto alone =
+          launch<T, WIDTH, RANK, 1>(c, x, {all[g]}, nullptr, start, stop - start);
+      machine::check(found.equal(start, stop - start, alone), "not the bits of the group alone");
+    }
+    untouched(c.rows);
+  }
+  const auto& worst = judge.worst;
   std::printf("error over what rounding allows: y %.3f mean %.3f rstd %.3f normed %.3f\n", worst[0],
               worst[1], worst[2], worst[3]);
-  machine::check(y.guarded(bytes) && normed.guarded(bytes) && mean.guarded(rows * 4) &&
-                     rstd.guarded(rows * 4), "written behind an output");
   return std::all_of(worst, worst + 4, [](double error) { return error <= 1.01; }) ? 0 : 1;
 }
 
 template <typename T, int WIDTH>
-int run_for_rank(const int* a) {
-  const int rank = a[3];
-  if (rank == 0) return run<T, WIDTH, 0>(a[0], a[1], a[2], a[3], a[4], a[5]);
-  if (rank <= 16) return run<T, WIDTH, 16>(a[0], a[1], a[2], a[3], a[4], a[5]);
-  return run<T, WIDTH, 64>(a[0], a[1], a[2], a[3], a[4], a[5]);
+int run_for_rank(const Case& c) {
+  const int rank = *std::max_element(c.ranks.begin(), c.ranks.end());
+  if (rank == 0) return run<T, WIDTH, 0>(c);
+  if (rank <= 16) return run<T, WIDTH, 16>(c);
+  return run<T, WIDTH, 64>(c);
 }
 template <typename T>
-int run_for_width(const int* a) {
-  return slice_width(a[2]) == 192 ? run_for_rank<T, 192>(a) : run_for_rank<T, 256>(a);
+int run_for_width(const Case& c) {
+  return slice_width(c.out) == 192 ? run_for_rank<T, 192>(c) : run_for_rank<T, 256>(c);
+}
+
+template <typename Number>
+std::vector<Number> numbers(const char* text) {
+  std::vector<Number> found;
+  for (const char* at = text; *at != 0; at += *at == ',') {
+    char* end;
+    found.push_back(Number(std::strtoll(at, &end, 10)));
+    machine::check(end != at, "a list of numbers is malformed");
+    at = end;
+  }
+  return found;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  machine::check(argc == 8, "run DTYPE ROWS IN OUT RANK CLUSTERS SEED");
-  int numbers[6];
-  for (int i = 0; i < 6; ++i) numbers[i] = std::atoi(argv[i + 2]);
-  return std::string(argv[1]) == "float16" ? run_for_width<__half>(numbers)
-                                           : run_for_width<__nv_bfloat16>(numbers);
+  machine::check(argc == 8 || argc == 9, "run DTYPE ROWS IN OUT CLUSTERS SEED RANKS [OFFSETS]");
+  const auto number = [&](int i) { return std::atoi(argv[i]); };
+  Case c{number(2), number(3), number(4), number(5), number(6), numbers<int>(argv[7]), {}};
+  if (argc == 9) c.offsets = numbers<int64_t>(argv[8]);
+  machine::check(c.ranks.size() == (argc == 9 ? c.offsets.size() - 1 : 1), "a rank for each group");
+  return std::string(argv[1]) == "float16" ? run_for_width<__half>(c)
+                                           : run_for_width<__nv_bfloat16>(c);
 }

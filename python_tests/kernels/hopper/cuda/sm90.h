@@ -27,6 +27,14 @@ inline void cluster_sync() {
   machine::wait_until([needed] { return machine::sync_arrivals >= needed; });
 }
 
+template <int COUNT>
+void consumer_sync() {
+  long& arrivals = machine::cta_sync_arrivals[current->cta];
+  const long needed = COUNT * ++current->cta_syncs;
+  machine::check(++arrivals <= needed, "a thread too many at a barrier");
+  machine::wait_until([&arrivals, needed] { return arrivals >= needed; });
+}
+
 inline void barrier_init(uint32_t address, uint32_t arrivals) {
   machine::check(address % 8 == 0 && !machine::barriers.count(address), "a bad or double barrier");
   machine::barriers[address] = {int(arrivals), int(arrivals), 0, 0};

@@ -1,0 +1,116 @@
+"""What the kernels must reach on an H200, beside what a record says that they do.
+
+    python -m benchmarks.targets gpu-run/record.json
+
+Of every case the fastest kernel of this library counts. A backward pass is what forward+backward
+takes beyond forward.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.case import EAGER
+from benchmarks.schema import CaseResult, Record
+
+ROOFLINE = "roofline"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``least``: times faster than the entry of that name, or share of the roofline.
+
+    ``sizes`` are those that a case must have; ``phase`` may be "backward".
+    """
+
+    op: str
+    phase: str
+    over: str
+    least: float
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+_S_TO_L = (("M", 64 * 197), ("K", 384), ("N", 1024), ("r", 64))
+TARGETS = [
+    Target("stitch_layer_norm", "forward", ROOFLINE, 0.8, _S_TO_L),
+    Target("stitch_layer_norm", "forward", EAGER, 2, _S_TO_L),
+    Target("stitch_layer_norm", "forward", "torch.compile", 1.3, _S_TO_L),
+    Target("stitch_layer_norm", "forward", "merged", 1.2, _S_TO_L),
+    Target("stitch_layer_norm", "backward", EAGER, 1.5, _S_TO_L),
+    Target("residual_layer_norm", "forward", ROOFLINE, 0.85),
+    Target("residual_layer_norm", "backward", ROOFLINE, 0.75),
+    Target("residual_layer_norm", "forward", EAGER, 1),
+    Target("residual_layer_norm", "forward+backward", EAGER, 1),
+    Target("multi_stitch", "forward", EAGER, 1.5, (("groups", 12),)),
+    Target("multi_stitch", "forward", "one stitch", 0.9, (("groups", 12),)),
+]
+
+
+def lines(record: Record) -> list[str]:
+    """A line for every target and every case that it is about."""
+    found = [line for target in TARGETS for line in _lines(record, target)]
+    return found or ["no case of the record is one that a target is about"]
+
+
+def _lines(record: Record, target: Target) -> Iterator[str]:
+    for case in record.cases:
+        first = "forward" if target.phase == "backward" else target.phase
+        if (case.op, case.phase) != (target.op, first):
+            continue
+        if any(case.sizes.get(name) != size for name, size in target.sizes):
+            continue
+        reached = max(
+            (
+                (ratio, entry.name)
+                for entry in case.entries
+                if entry.ours and (ratio := _ratio(record, case, entry.name, target)) is not None
+            ),
+            default=None,
+        )
+        sizes = " ".join(f"{name}{size}" for name, size in case.sizes.items())
+        what = f"{case.op} {sizes} {target.phase}, " + (
+            "share of the roofline" if target.over == ROOFLINE else f"times over {target.over}"
+        )
+        if reached is None:
+            yield f"not measured          {what}"
+        else:
+            verdict = "met   " if reached[0] >= target.least else "MISSED"
+            yield f"{verdict} {reached[0]:5.2f} of {target.least:<4}  {what} ({reached[1]})"
+
+
+def _ratio(record: Record, case: CaseResult, name: str, target: Target) -> float | None:
+    ours = _seconds(record, case, name, target.phase)
+    rival = _seconds(record, case, target.over, target.phase)
+    return None if ours is None or rival is None else rival / ours
+
+
+def _seconds(record: Record, case: CaseResult, name: str, phase: str) -> float | None:
+    """Of an entry, or what the roofline allows; a backward pass by difference."""
+
+    def of(case: CaseResult) -> float | None:
+        if name == ROOFLINE:
+            return case.floor_seconds
+        entry = next((entry for entry in case.entries if entry.name == name), None)
+        return entry.seconds.median if entry and entry.seconds else None
+
+    if phase != "backward":
+        return of(case)
+    key = (case.op, case.sizes, case.dtype, "forward+backward")
+    both = (c for c in record.cases if (c.op, c.sizes, c.dtype, c.phase) == key)
+    whole, first = next(map(of, both), None), of(case)
+    return None if whole is None or first is None or whole <= first else whole - first
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the lines of a record."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__)
+    parser.add_argument("record", type=Path)
+    for line in lines(Record.load(parser.parse_args(arguments).record)):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Which figures of a record are held against which target."""
+
+from typing import Any
+
+from benchmarks.roofline import Ceilings
+from benchmarks.schema import CaseResult, EntryResult, Record
+from benchmarks.targets import TARGETS, lines
+from benchmarks.timing import Spread
+
+SIZES = {"M": 12608, "K": 384, "N": 1024, "r": 64}
+
+
+def record(*cases: CaseResult) -> Record:
+    ceilings: Any = Ceilings(1.0, 1.0)
+    return Record(1, "", "", None, None, "cuda", 1, {}, {}, ceilings, list(cases))
+
+
+def case(op: str, phase: str, floor: float, sizes: dict[str, int], **micros: float | None):
+    entries = [
+        EntryResult(
+            name := label.replace("_", " "),
+            name.endswith("backend"),
+            None if value is None else Spread(value, value, value),
+            failed="wrong" if value is None else None,
+        )
+        for label, value in micros.items()
+    ]
+    return CaseResult(op, "S→L", sizes, "bfloat16", phase, 3, floor, entries)
+
+
+def test_the_fastest_kernel_counts_and_backward_is_the_difference() -> None:
+    kernels = {"triton_backend": 30.0, "cuda_backend": 20.0}
+    forward = case("stitch_layer_norm", "forward", 15, SIZES, eager=50, merged=22, **kernels)
+    both = case("stitch_layer_norm", "forward+backward", 40, SIZES, eager=150, cuda_backend=70)
+    found = lines(record(forward, both))
+    text = "stitch_layer_norm M12608 K384 N1024 r64 "
+    assert found == [
+        f"MISSED  0.75 of 0.8   {text}forward, share of the roofline (cuda backend)",
+        f"met     2.50 of 2     {text}forward, times over eager (cuda backend)",
+        f"not measured          {text}forward, times over torch.compile",
+        f"MISSED  1.10 of 1.2   {text}forward, times over merged (cuda backend)",
+        f"met     2.00 of 1.5   {text}backward, times over eager (cuda backend)",
+    ]
+
+
+def test_a_kernel_that_failed_reaches_nothing() -> None:
+    sizes = {"M": 12608, "K": 384, "N": 1024, "r": 64, "groups": 12}
+    only = case("multi_stitch", "forward", 15, sizes, eager=50, one_stitch=20, cuda_backend=None)
+    assert all(line.startswith("not measured") for line in lines(record(only)))
+    assert len(lines(record(only))) == 2
+    small = case("multi_stitch", "forward", 15, sizes | {"groups": 4}, eager=50, cuda_backend=9)
+    assert lines(record(small)) == ["no case of the record is one that a target is about"]
+
+
+def test_every_target_is_about_a_case_of_the_benchmarks() -> None:
+    from benchmarks.subject import subjects
+
+    for target in TARGETS:
+        shapes = subjects()[target.op].shapes(64)
+        about = [s for s in shapes if all(s.sizes.get(n) == size for n, size in target.sizes)]
+        assert about, target
+        if target.over == "torch.compile":
+            assert all(shape.compiled for shape in about)
