@@ -3,11 +3,14 @@
 import pytest
 import torch
 from cases import OPS, Shape, make
+from device import DEVICE
 
 from snkernels import backends
 from snkernels.kernels import native
 from snkernels.ops import stitch, stitch_layer_norm
 from snkernels.ops.library import OFFERED
+
+about_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory")
 
 SHAPE = Shape(20, 30, 40, 4)
 LARGE = Shape(500, 300, 70, 20)  # several bands for each of many threads
@@ -48,14 +51,15 @@ def test_every_op_has_arguments_here() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", list(OFFERED))
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("backend", ["torch", DEVICE])
 def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
-    if backend == "cpu" and dtype == torch.float64:
+    if dtype == torch.float64:
         backend = "torch"
     with backends.use_backend(backend):
         torch.library.opcheck(getattr(torch.ops.snkernels, name).default, arguments(dtype)[name])
 
 
+@about_the_cpu
 def test_the_number_of_threads_changes_no_bit() -> None:
     before = torch.get_num_threads()
     results = []
@@ -76,6 +80,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             assert torch.equal(a, b)
 
 
+@about_the_cpu
 def test_a_forced_backend_that_cannot_serve_says_why() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
     with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="stitch_layer_norm: it"):
@@ -89,6 +94,7 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
     assert backends.forced_backend() is None
 
 
+@about_the_cpu
 def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "IMPORT_ERROR", "no such file")
     monkeypatch.setattr(backends, "PROVEN", {("stitch", "cpu"): ("cpu", "a record")})
@@ -102,6 +108,7 @@ def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatc
         backends.choose.cache_clear()
 
 
+@about_the_cpu
 def test_the_pointer_face_refuses_what_it_would_misread() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"lora_B must have shape \(5, 2\)"):
