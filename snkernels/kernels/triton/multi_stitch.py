@@ -31,7 +31,7 @@ from snkernels.kernels.triton.stitch_layer_norm import store_rows
 from snkernels.kernels.triton.sums import sum_of_rows
 
 WEIGHT, BIAS, LORA_A, LORA_B, NORM_WEIGHT, NORM_BIAS = range(6)
-_SCALING = 6
+_SEARCH = tl.constexpr(128)  # offsets at a time
 
 
 @triton.jit
@@ -49,12 +49,11 @@ def _find(p_offsets, groups, M, tile, size):
     Group g has the tiles from offsets[g] // size + g on, to where the next one's begin. Those are
     enough wherever its rows lie, and the host knows how many there are in all: M // size + groups.
     """
-    SEARCH: tl.constexpr = 128
     M = tl.cast(M, tl.int64)
     tile = tl.cast(tile, tl.int64)
-    begun = tl.zeros([SEARCH], tl.int32)
-    for first in range(0, groups, SEARCH):
-        o_g = first + tl.arange(0, SEARCH).to(tl.int64)
+    begun = tl.zeros([_SEARCH], tl.int32)
+    for first in range(0, groups, _SEARCH):
+        o_g = first + tl.arange(0, _SEARCH).to(tl.int64)
         start = tl.load(p_offsets + o_g, mask=o_g < groups, other=0)
         start = tl.minimum(tl.maximum(start, 0), M)
         begun += ((o_g < groups) & (start // size + o_g <= tile)).to(tl.int32)
@@ -506,7 +505,8 @@ class _Call:
         # Rows of whole 16 bytes, or what was compiled would depend on the number of groups.
         padding = [0] * (self.groups % 2)
         values = tuple(value for row in table for value in (*row, *padding))
-        self.table = on_device(values, x.device).view(len(table), -1)
+        *self.table, bits = on_device(values, x.device).view(len(table), -1).unbind()
+        self.scalings = bits.view(torch.float64)
 
     def one(self, role: int) -> Tensor | None:
         """Any group's tensor, for dtype and strides; None where no group has one."""
@@ -555,7 +555,7 @@ class _Call:
             self.table[role],
             self.table[BIAS],
             self.table[LORA_A if transposed else LORA_B],
-            self.table[_SCALING].view(torch.float64),
+            self.scalings,
             x.shape[0],
             self.groups,
             features,
