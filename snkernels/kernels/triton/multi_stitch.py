@@ -7,8 +7,9 @@ stacked, the grid follows from sizes that the host knows, and the call does not 
 Offsets are clamped to the rows of x: wrong ones give wrong results, and never a fault.
 
 All groups of a call share the dtype and strides of a parameter, which the launches take as
-arguments; where groups differ there, or in rank, that parameter is copied, as fp32 if dtypes do.
-Gradients of one kind lie in one buffer, of which each parameter's own gradient is a view.
+arguments. Where groups differ there, or in rank, that parameter is copied, as fp32 if dtypes do;
+such a call cannot be captured in a graph, as copies have new addresses each time. Gradients of one
+kind lie in one buffer, of which each parameter's own gradient is a view.
 
 Compiled and interpreted, never run on a GPU yet.
 """
