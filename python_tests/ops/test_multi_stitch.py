@@ -222,6 +222,10 @@ GROUPS = [StitchGroup(W), StitchGroup(W)]
         ({"group_offsets": OFFSETS + 1}, r"must rise from 0 to the 5 rows.*\[1, 3, 6\]"),
         ({"group_offsets": OFFSETS.to("meta")}, "group_offsets must be on cpu.*meta"),
         (
+            {"groups": [GROUPS[0], StitchGroup(W.to("meta"))]},
+            r"groups\[1\]: weight must be on cpu.*meta",
+        ),
+        (
             {"groups": [GROUPS[0], StitchGroup(W, scaling=float("nan"))]},
             r"groups\[1\]: scaling must be a finite number.*nan",
         ),

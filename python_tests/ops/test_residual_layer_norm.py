@@ -39,6 +39,7 @@ def test_a_half_branch_joins_an_fp32_stream(backend: str) -> None:
             {"drop_path_scale": torch.ones(3, requires_grad=True)},
             "drop_path_scale must not require grad",
         ),
+        ({"branch": torch.randn(3, 4, 8, device="meta")}, "branch must be on cpu.*meta"),
         ({"norm_weight": torch.randn(8, 1)}, r"norm_weight must have shape \(8\).*\(8, 1\)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
