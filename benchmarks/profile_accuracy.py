@@ -4,7 +4,7 @@
 
 profiles DeiT3 pairs with random weights at batch 1, runs all routes whole to compare, and writes a
 record, a table (.md) and a plot (.png) beside it. Run it on a machine that does nothing else; on 2
-cores it takes about 5 minutes.
+cores it takes between 5 and 6 minutes.
 """
 
 import argparse
@@ -47,14 +47,21 @@ def within(profile: Profile) -> float:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a table, one line per pair."""
+    commit = "no commit" if record["commit"] is None else f"commit {record['commit'][:10]}"
+    if record["dirty"]:
+        commit += " with changes"
     lines = [
-        f"{record['machine']['cpu']}, {record['threads']} threads, float32, torch "
-        f"{record['versions']['torch']}; {record['date'][:10]}, pairs of "
-        f"DeiT3 shape at 224², batch 1, {record['rounds']} rounds",
+        f"{record['machine']['cpu']}, {record['threads']} threads, float32; "
+        f"torch {record['versions']['torch']}; {commit}; "
+        f"{record['date'][:10]}; load before the run {record['machine']['load_average']}. "
+        f"`{record['command']}`",
+        "",
+        "**Latency of every route, predicted from its parts, against its own runs** "
+        f"(DeiT3 shapes at 224², batch 1, medians of {record['rounds']} rounds)",
         "",
         f"| pair | routes | S alone, ms | L alone, ms | within {WITHIN:.0%} "
         "| median error | 95 % within | worst |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, result in record["pairs"].items():
         small, large = (1e3 * result["anchors_seconds"][i] for i in (0, 1))

@@ -26,7 +26,7 @@ from snkernels.routing.space import LARGE, SMALL, Route, Segment, Stitch, Stitch
 
 _CHECKS = 8
 # Whole routes that are run between one time that the parts are measured and the next.
-_CHUNK = 16
+_CHUNK = 24
 
 # Name of a part, and the anchor that it belongs to.
 _Part = tuple[str, int]
