@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from snkernels.profiling import profile
     from snkernels.routing.latency import Profile
     from snkernels.training import distillation_loss, training_loss
+    from snkernels.warm_up import warmup
 
     __version__: str
 
@@ -34,6 +35,7 @@ __all__ = [
     "profile",
     "training_loss",
     "use_backend",
+    "warmup",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "profile": "snkernels.profiling",
     "training_loss": "snkernels.training",
     "use_backend": "snkernels.backends",
+    "warmup": "snkernels.warm_up",
 }
 
 

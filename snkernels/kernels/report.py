@@ -1,10 +1,12 @@
-"""The static kernel report: every Triton kernel compiled ahead of time, on a machine without a GPU.
+"""The static kernel report: what is known of every kernel on a machine without a GPU.
 
-``python -m snkernels.kernels.report`` lets the launchers themselves run at the paper's shapes, on
-tensors without memory, and compiles what they would launch, with their very configurations. Of
-each kernel it tells what can be known without timing it: registers, spilled bytes, shared memory,
-tensor-core instructions, wgmma that the assembler serialised, addresses that would overflow, and
-how many CTAs fit on an SM. It ends with status 1 where a kernel has one of the :func:`faults`.
+``python -m snkernels.kernels.report`` lets the launchers of the Triton kernels run at the paper's
+shapes, on tensors without memory, and compiles what they would launch, with their very
+configurations; the CUDA kernels it reads from the compiled module, where that has them. Of each it
+tells registers, spilled bytes, shared memory, tensor-core and TMA instructions, wgmma that the
+assembler serialised, addresses that would overflow, how many CTAs fit on an SM, and the least time
+that its bytes and FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with
+status 1 where a kernel has one of the :func:`faults`.
 """
 
 import argparse
@@ -15,11 +17,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,18 +29,34 @@ from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from snkernels.kernels.triton import launch, stitch, stitch_layer_norm
+from snkernels.kernels import disassembly
+from snkernels.kernels.triton import (
+    launch,
+    multi_stitch,
+    residual_layer_norm,
+    stitch,
+    stitch_layer_norm,
+)
+from snkernels.progress import progress_bar
+from snkernels.text import aligned
 
 MOST_SPILLED_BYTES = 0
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What an SM has, in the units of the CUDA programming guide's table of capabilities."""
+    """What an SM has, in the units of the CUDA programming guide's table of capabilities.
 
+    The ceilings, bytes/s of device memory and FLOP/s, dense, by the kind of products, are those of
+    the data sheet of the fastest card: what is measured stays below them.
+    """
+
+    card: str
     shared_per_cta: int
     shared_per_sm: int
     tensor_core: str
+    bandwidth: float
+    flops: dict[str, float]
     registers: int = 65536
     warps: int = 64
     ctas: int = 32
@@ -55,17 +73,56 @@ class Chip:
 
 
 CHIPS = {
-    80: Chip(163 << 10, 164 << 10, "mma_sync"),
-    90: Chip(227 << 10, 228 << 10, "wgmma"),
-    100: Chip(227 << 10, 228 << 10, "tcgen05"),
+    80: Chip(
+        "A100 80 GB SXM",
+        163 << 10,
+        164 << 10,
+        "mma_sync",
+        2.04e12,
+        {"half": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+    ),
+    90: Chip(
+        "H100 SXM",
+        227 << 10,
+        228 << 10,
+        "wgmma",
+        3.35e12,
+        {"half": 989e12, "tf32": 495e12, "fp32": 67e12},
+    ),
+    100: Chip(
+        "B200",
+        227 << 10,
+        228 << 10,
+        "tcgen05",
+        8e12,
+        {"half": 2250e12, "tf32": 1125e12, "fp32": 75e12},
+    ),
 }
 
-# As an x may come: its dtype, and what torch's setting makes of fp32 products.
+
+class Numbers(NamedTuple):
+    """Dtypes of the tokens and of the parameters, and what torch's setting makes of fp32."""
+
+    tokens: torch.dtype
+    parameters: torch.dtype
+    precision: str = "ieee"
+
+    @property
+    def products(self) -> str:
+        """What multiplies them: a key of :attr:`Chip.flops`."""
+        if self.tokens.itemsize == 2:
+            return "half"
+        return "tf32" if self.precision == "tf32" else "fp32"
+
+
 DTYPES = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
+    "bf16": Numbers(torch.bfloat16, torch.bfloat16),
+    "fp16": Numbers(torch.float16, torch.float16),
+    "fp32": Numbers(torch.float32, torch.float32),
+    "tf32": Numbers(torch.float32, torch.float32, "tf32"),
+    # Under autocast: the weights are those of an fp32 model.
+    "bf16/fp32": Numbers(torch.bfloat16, torch.float32),
+    "fp16/fp32": Numbers(torch.float16, torch.float32),
 }
 
 
@@ -81,17 +138,37 @@ class Shape:
         return f"{self.in_features}→{self.out_features} r{self.rank}"
 
 
-WIDTHS = (384, 768, 1024)
+WIDTHS = (192, 384, 768, 1024, 1280)
+PAPER = (384, 768, 1024)
 ALL = [
-    Shape(*widths, r) for r in (0, 4, 16, 64, 128) for widths in itertools.permutations(WIDTHS, 2)
+    *(
+        Shape(*widths, r)
+        for r in (0, 4, 16, 64, 128)
+        for widths in itertools.permutations(PAPER, 2)
+    ),
+    Shape(192, 1280, 64),
+    Shape(1280, 192, 64),
 ]
 FEW = [Shape(384, 1024, 64), Shape(1024, 384, 64)]
 ROWS = 64 * 197
+TOKENS = 197
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, and what bounds it: each input read, each output written once."""
+
+    shape: str
+    sizes: dict[str, int]
+    bytes: int
+    flops: int
+    floor_us: float
+    bound: str
 
 
 @dataclass
 class Build:
-    """One compiled kernel, and the shapes that run it."""
+    """One compiled kernel, and the launches that run it."""
 
     kernel: str
     arch: int
@@ -103,10 +180,32 @@ class Build:
     wgmma: int
     mma_sync: int
     tcgen05: int
+    tma: int
     serialised: bool
     narrow_addresses: int
     ctas_per_sm: int
-    shapes: list[str] = field(default_factory=list)
+    multiplies: bool
+    launches: list[Launch] = field(default_factory=list)
+
+
+def _projected(a: Mapping[str, Any]) -> int:
+    return int(a["M"] * a["N"] * (a["K"] + (0 if a["p_low"] is None else a["R"])))
+
+
+# Multiply-adds of a launch by its named arguments, twice that in FLOPs; other kernels only move
+# bytes. A kernel that multiplies must use the tensor cores, but in exact fp32.
+MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "_project_kernel": _projected,
+    "_project_groups_kernel": _projected,
+    "_row_kernel": _projected,
+    "_row_groups_kernel": _projected,
+    "_outer_kernel": lambda a: a["M"] * a["P"] * a["Q"],
+    "_outer_groups_kernel": lambda a: a["M"] * a["P"] * a["Q"],
+}
+
+# Arguments that stand for one such tensor of each group.
+OF_EACH_GROUP = ("p_w", "p_bias", "p_b", "p_gamma", "p_beta")
+GROUPS = 8
 
 
 def faults(build: Build) -> list[str]:
@@ -117,8 +216,7 @@ def faults(build: Build) -> list[str]:
         found.append(f"spills {build.spilled} bytes, but may spill {MOST_SPILLED_BYTES}")
     if build.shared > chip.shared_per_cta:
         found.append(f"takes {build.shared} bytes of shared memory of {chip.shared_per_cta}")
-    multiplies = "PRECISION" in build.options and build.dtype != "fp32"
-    if multiplies and not getattr(build, chip.tensor_core):
+    if build.multiplies and build.dtype != "fp32" and not getattr(build, chip.tensor_core):
         found.append(f"multiplies without {chip.tensor_core}")
     if build.serialised:
         found.append("its wgmma are serialised")
@@ -137,7 +235,7 @@ class NoGpu:
 
 
 def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
-    """Compiles all that both ops launch, forward and backward, for these shapes of a dtype."""
+    """Compiles all that the ops launch, forward and backward, for these shapes of a dtype."""
     found: dict[str, Build] = {}
     label = ""
 
@@ -150,42 +248,106 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
             compiled = kernel.warmup(*args, grid=grid, **options)
         if compiled.hash not in found:
             found[compiled.hash] = _build(kernel, arch, dtype, options, compiled, log.getvalue())
-        if label not in found[compiled.hash].shapes:
-            found[compiled.hash].shapes.append(label)
+        launched = _launch(kernel, args, label, arch, dtype)
+        if launched not in found[compiled.hash].launches:
+            found[compiled.hash].launches.append(launched)
 
     triton.runtime.driver.set_active(NoGpu(arch))
-    torch.backends.cuda.matmul.fp32_precision = DTYPES[dtype][1]
+    torch.backends.cuda.matmul.fp32_precision = DTYPES[dtype].precision
     with launch.launches_go_to(compile_instead):
         for shape in shapes:
             label = str(shape)
-            launch_all(shape, DTYPES[dtype][0])
-    return list(found.values())
+            launch_stitches(shape, DTYPES[dtype])
+            launch_groups(shape, DTYPES[dtype])
+        for width in sorted({shape.out_features for shape in shapes}):
+            label = str(width)
+            launch_residual(width, DTYPES[dtype])
+    return sorted(found.values(), key=lambda build: build.kernel)
 
 
-def launch_all(shape: Shape, dtype: torch.dtype, rows: int = ROWS) -> None:
-    """Calls both ops, forward and backward with all gradients, on tensors without memory."""
-
-    def tensor(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    k, n, r = shape.in_features, shape.out_features, shape.rank
-    operands: dict[str, Any] = {
-        "x": tensor(rows, k),
-        "weight": tensor(n, k),
-        "bias": tensor(n),
-        "lora_A": tensor(r, k) if r else None,
-        "lora_B": tensor(n, r) if r else None,
-        "scaling": 1.0,
-    }
-    affine: dict[str, Any] = {"norm_weight": tensor(n), "norm_bias": tensor(n)}
-    stitch.stitch_forward(**operands)
-    stitch.stitch_backward(tensor(rows, n), **operands, needs=[True] * 5)
-    y, normed, mean, rstd = stitch_layer_norm.stitch_layer_norm_forward(
-        **operands, **affine, eps=1e-6
+def launch_stitches(shape: Shape, numbers: Numbers, rows: int = ROWS) -> None:
+    """Calls both stitches, forward and backward with all gradients, on tensors without memory."""
+    operands: dict[str, Any] = dict(zip(PARAMETERS[:4], _parameters(shape, numbers), strict=False))
+    affine: dict[str, Any] = dict(zip(PARAMETERS[4:], _parameters(shape, numbers)[4:], strict=True))
+    x, grad = (
+        _tensor(numbers.tokens, rows, width) for width in (shape.in_features, shape.out_features)
     )
+    calls: dict[str, Any] = {"x": x, **operands, "scaling": 1.0}
+    stitch.stitch_forward(**calls)
+    stitch.stitch_backward(grad, **calls, needs=[True] * 5)
+    y, normed, mean, rstd = stitch_layer_norm.stitch_layer_norm_forward(**calls, **affine, eps=1e-6)
     stitch_layer_norm.stitch_layer_norm_backward(
-        y, normed, **operands, y=y, mean=mean, rstd=rstd, **affine, needs=[True] * 7
+        y, normed, **calls, y=y, mean=mean, rstd=rstd, **affine, needs=[True] * 7
     )
+
+
+def launch_groups(shape: Shape, numbers: Numbers, rows: int = ROWS, groups: int = GROUPS) -> None:
+    """Calls the grouped ops likewise, for so many groups of that shape."""
+    tensors = _parameters(shape, numbers) * groups
+    x, grad = (
+        _tensor(numbers.tokens, rows, width) for width in (shape.in_features, shape.out_features)
+    )
+    operands = x, _tensor(torch.int64, groups + 1), tensors, [1.0] * groups
+    for normalize in (False, True):
+        y, _, mean, rstd = multi_stitch.multi_stitch_forward(
+            *operands, shape.out_features, normalize, 1e-6
+        )
+        multi_stitch.multi_stitch_backward(
+            grad, grad if normalize else None, *operands, y, mean, rstd, [True] * (1 + len(tensors))
+        )
+
+
+PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "norm_weight", "norm_bias")
+
+
+def _parameters(shape: Shape, numbers: Numbers) -> list[Tensor | None]:
+    """Of one stitch and the norm behind it, in the order of PARAMETERS."""
+    k, n, r = shape.in_features, shape.out_features, shape.rank
+    sizes = ((n, k), (n,), (r, k), (n, r), (n,), (n,))
+    return [_tensor(numbers.parameters, *size) if 0 not in size else None for size in sizes]
+
+
+def launch_residual(width: int, numbers: Numbers, rows: int = ROWS) -> None:
+    """Calls ``residual_layer_norm`` as in inference and in training, with and without γ and s."""
+    h = _tensor(numbers.parameters, rows, width)  # under autocast the residual stream stays fp32
+    branch = _tensor(numbers.tokens, rows, width)
+    vector = _tensor(numbers.parameters, width)
+    each = _tensor(torch.float32, -(-rows // TOKENS))
+    for layer_scale, drop_path, gradients in (
+        (None, None, [True, True, False, True, True]),
+        (vector, each, [True] * 5),
+    ):
+        operands = h, branch, layer_scale, drop_path
+        total, normed, mean, rstd = residual_layer_norm.residual_layer_norm_forward(
+            *operands, vector, vector, 1e-6, numbers.tokens
+        )
+        residual_layer_norm.residual_layer_norm_backward(
+            total, normed, *operands, total, mean, rstd, vector, vector, gradients
+        )
+
+
+def _tensor(dtype: torch.dtype, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _launch(kernel: Any, args: Sequence[Any], shape: str, arch: int, dtype: str) -> Launch:
+    """What one launch must move and compute, from its arguments."""
+    name, chip = kernel.fn.__name__, CHIPS[arch]
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    moved = sum(
+        value.numel() * value.itemsize * (named.get("groups", 1) if key in OF_EACH_GROUP else 1)
+        for key, value in named.items()
+        if isinstance(value, Tensor)
+    )
+    count = MULTIPLY_ADDS.get(name)
+    flops = 0 if count is None else 2 * count(named)
+    times = {
+        "bytes": moved / chip.bandwidth,
+        "FLOPs": flops / chip.flops[DTYPES[dtype].products],
+    }
+    bound = max(times, key=lambda kind: times[kind])
+    sizes = {key: n for key, n in named.items() if key in ("M", "N", "K", "R", "P", "Q", "groups")}
+    return Launch(shape, sizes, moved, flops, round(times[bound] * 1e6, 2), bound)
 
 
 def _build(
@@ -205,9 +367,11 @@ def _build(
         wgmma=ptx.count("wgmma.mma_async"),
         mma_sync=ptx.count("mma.sync"),
         tcgen05=ptx.count("tcgen05.mma"),
+        tma=ptx.count("cp.async.bulk.tensor"),
         serialised="C7515" in log,
         narrow_addresses=len(re.findall(r"tt\.addptr .*, (?:tensor<[x\d]*)?i32\b", ttir)),
         ctas_per_sm=CHIPS[arch].ctas_per_sm(compiled.metadata.num_warps, registers, shared),
+        multiplies=kernel.fn.__name__ in MULTIPLY_ADDS,
     )
 
 
@@ -218,12 +382,72 @@ def _found(pattern: str, log: str) -> str:
     return match[1]
 
 
+# What stands for half-precision dtypes in mangled names.
+_MANGLED = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
+
+
+def cuda_builds(arches: Iterable[int]) -> list[Build]:
+    """Those CUDA kernels of the compiled module that were built for these architectures.
+
+    Their shared memory and CTAs leave out what is asked for at launch, which the module does not
+    say; local memory counts as spilled.
+    """
+    resources = disassembly.resources()
+    found = []
+    for name, code in disassembly.instructions().items():
+        architecture, mangled = name.split()
+        arch, used = int(re.findall(r"\d+", architecture)[0]), resources[name]
+        if arch not in arches:
+            continue
+        kernel, arguments = _demangled(mangled)
+        dtype = next((d for part, d in _MANGLED.items() if part in mangled), "fp32")
+        wgmma = code.count("HGMMA")
+        found.append(
+            Build(
+                kernel=kernel,
+                arch=arch,
+                dtype=dtype,
+                options={"template": arguments, "num_warps": used.threads // 32},
+                registers=used.registers,
+                spilled=used.stack,
+                shared=used.shared,
+                wgmma=wgmma,
+                mma_sync=len(re.findall(r"\bHMMA", code)),
+                tcgen05=code.count("UTCHMMA"),
+                tma=code.count("UTMALDG") + code.count("UTMASTG"),
+                # Serialised, each product is waited for by itself.
+                serialised=0 < wgmma == code.count("WARPGROUP.DEPBAR"),
+                narrow_addresses=0,
+                ctas_per_sm=CHIPS[arch].ctas_per_sm(
+                    used.threads // 32, used.registers, used.shared
+                ),
+                multiplies="_sm90" in kernel,
+            )
+        )
+    return found
+
+
+def _demangled(mangled: str) -> tuple[str, list[int]]:
+    """A kernel's name, without its namespaces, and the integers among its template arguments."""
+    at, name = 0, mangled
+    while length := re.search(r"\d+", mangled[at:]):  # identifiers come after their lengths
+        start = at + length.end()
+        at = start + int(length[0])
+        if mangled[start:at].endswith("_kernel"):
+            name = mangled[start:at]
+            break
+    return name, [int(number) for number in re.findall(r"L[ijlm](\d+)E", mangled[at:])]
+
+
 def table(rows: Sequence[Build]) -> str:
-    """The report as text, one line for each kernel."""
-    titles = "kernel arch dtype M/N/K/… warps stages regs spilled shared wgmma mma tcgen05 CTAs/SM"
-    lines = [[*titles.split(), "for"]]
+    """The report as text, one line for each kernel and the launch of it that takes longest."""
+    titles = (
+        "kernel arch dtype M/N/K/… warps stages regs spilled shared wgmma mma tcgen05 TMA CTAs/SM"
+    )
+    lines = [[*titles.split(), "longest launch", "MB", "GFLOP", "floor", "for"]]
     for b in rows:
         blocks = [f"{k[6:]}{v}" for k, v in b.options.items() if k.startswith("BLOCK_")]
+        blocks += [str(n) for n in b.options.get("template", ())]
         lines.append(
             [
                 b.kernel.strip("_").removesuffix("_kernel"),
@@ -232,34 +456,65 @@ def table(rows: Sequence[Build]) -> str:
                 " ".join(blocks),
                 *(str(b.options.get(name, "")) for name in ("num_warps", "num_stages")),
                 *(str(n) for n in (b.registers, b.spilled, b.shared)),
-                *(str(n) for n in (b.wgmma, b.mma_sync, b.tcgen05, b.ctas_per_sm)),
-                b.shapes[0] + (f" and {len(b.shapes) - 1} more" if len(b.shapes) > 1 else ""),
+                *(str(n) for n in (b.wgmma, b.mma_sync, b.tcgen05, b.tma, b.ctas_per_sm)),
+                *_longest(b),
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = (
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    return aligned(lines)
+
+
+def _longest(build: Build) -> tuple[str, ...]:
+    if not build.launches:
+        return ("",) * 5
+    top = max(build.launches, key=lambda launched: launched.floor_us)
+    shapes = {launched.shape for launched in build.launches}
+    return (
+        " ".join(f"{name}{size}" for name, size in top.sizes.items()),
+        f"{top.bytes / 1e6:.1f}",
+        f"{top.flops / 1e9:.1f}",
+        f"{top.floor_us:.1f} µs ({top.bound})",
+        top.shape + (f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""),
     )
-    return "\n".join(padded)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compiles, prints the table and the faults, and returns 1 if there is a fault."""
-    parser = argparse.ArgumentParser(prog="python -m snkernels.kernels.report", description=__doc__)
+    """Compiles, prints the table and the faults; with --check, returns 1 if there is a fault."""
+    parser = argparse.ArgumentParser(
+        prog="python -m snkernels.kernels.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--few", action="store_true", help="two shapes in place of the paper's all")
+    parser.add_argument("--no-cuda", action="store_true", help="leave out the CUDA kernels")
     parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument(
+        "--check", action="store_true", help="end with status 1 if there is a fault"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     shapes = FEW if arguments.few else ALL
-    tasks = itertools.product(arguments.arch, arguments.dtype, [shapes])
+    tasks = list(itertools.product(arguments.arch, arguments.dtype, [shapes]))
     # A process each: Triton keeps in globals what it compiled before, and says nothing of it again.
     with get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-        rows = [build for part in pool.starmap(builds, tasks, chunksize=1) for build in part]
+        parts = pool.imap(_builds, tasks)
+        rows = [build for _ in progress_bar(tasks, "compiling") for build in next(parts)]
+    note = "left out" if arguments.no_cuda else disassembly.obstacle()
+    if note is None:
+        rows += cuda_builds(arguments.arch)
     print(table(rows))
+    for arch in arguments.arch:
+        chip = CHIPS[arch]
+        rates = ", ".join(f"{flops / 1e12:g} {kind}" for kind, flops in chip.flops.items())
+        print(
+            f"floors on sm_{arch}: {chip.card}, {chip.bandwidth / 1e12:g} TB/s; TFLOP/s: {rates} "
+            "(data sheet)"
+        )
+    if note is not None:
+        print(f"no CUDA kernels: {note}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     bad = [(row, fault) for row in rows for fault in faults(row)]
@@ -267,7 +522,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{row.kernel} for sm_{row.arch}, {row.dtype}, {row.options}: {fault}", file=sys.stderr
         )
-    return 1 if bad else 0
+    return 1 if bad and arguments.check else 0
+
+
+def _builds(task: tuple[int, str, Sequence[Shape]]) -> list[Build]:
+    return builds(*task)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.autograd import differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor
-from snkernels.ops.library import autocast_dtype, needs_grad, register, without_autocast
+from snkernels.ops.library import (
+    autocast_dtype,
+    needs_grad,
+    register,
+    triton_kernel,
+    without_autocast,
+)
 from snkernels.ops.stitch import empty_grads, spread
 
 
@@ -104,14 +110,22 @@ register(
     " Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType normed_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    implementations={"torch": _torch, "cpu": native.residual_layer_norm_forward},
+    implementations={
+        "torch": _torch,
+        "cpu": native.residual_layer_norm_forward,
+        "triton": triton_kernel("residual_layer_norm", "residual_layer_norm_forward"),
+    },
 )
 register(
     "residual_layer_norm_backward(Tensor? grad_sum, Tensor? grad_normed, Tensor x, Tensor branch,"
     " Tensor? layer_scale, Tensor? drop_path_scale, Tensor total, Tensor mean, Tensor rstd,"
     " Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
     fake=_fake_backward,
-    implementations={"torch": _torch_backward, "cpu": native.residual_layer_norm_backward},
+    implementations={
+        "torch": _torch_backward,
+        "cpu": native.residual_layer_norm_backward,
+        "triton": triton_kernel("residual_layer_norm", "residual_layer_norm_backward"),
+    },
 )
 
 

@@ -65,7 +65,7 @@ def test_many_tiles_and_chunks(op: Op, dtype: torch.dtype) -> None:
             stack.enter_context(configs.override(heuristic, **blocks))
         stack.enter_context(configs.override("row", TILES=3))
         stack.enter_context(configs.override("outer", BLOCK_M=16, BLOCK_P=16, BLOCK_Q=16))
-        stack.enter_context(configs.override("layer_norm", BLOCK_M=2))
+        stack.enter_context(configs.override("normalize_rows_backward", BLOCK_M=2, CTAS_PER_SM=1))
         judge(op, make(op, Shape(103, 35, 41, 37), dtype))
 
 

@@ -16,6 +16,7 @@ import torch
 Config = dict[str, int]
 
 _overrides: dict[str, Config] = {}
+_heuristics: list[str] = []
 
 
 @contextlib.contextmanager
@@ -25,7 +26,12 @@ def override(heuristic: str, **values: int) -> Iterator[None]:
     Args:
         heuristic: the name of a function below.
         values: e.g. ``BLOCK_M=64, num_warps=4``.
+
+    Raises:
+        ValueError: no heuristic has that name.
     """
+    if heuristic not in _heuristics:
+        raise ValueError(f"heuristic must be one of {', '.join(_heuristics)}, not {heuristic!r}")
     previous = _overrides.get(heuristic, {})
     _overrides[heuristic] = {**previous, **values}
     try:
@@ -34,7 +40,14 @@ def override(heuristic: str, **values: int) -> Iterator[None]:
         _overrides[heuristic] = previous
 
 
+def heuristics() -> tuple[str, ...]:
+    """The names that :func:`override` takes."""
+    return tuple(_heuristics)
+
+
 def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
+    _heuristics.append(heuristic.__name__)
+
     @functools.wraps(heuristic)
     def choose(*args: object) -> Config:
         return {**heuristic(*args), **_overrides.get(heuristic.__name__, {})}
@@ -81,11 +94,44 @@ def sum_rows() -> Config:
 
 
 @_overridable
-def layer_norm(features: int) -> Config:
-    """For both kernels of ``stitch_layer_norm`` that take rows of y as they are."""
+def sum_partials() -> Config:
+    """For ``sums._sum_partials_kernel``."""
+    return {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8}
+
+
+@_overridable
+def normalize_rows(features: int) -> Config:
+    """For ``residual_layer_norm._normalize_kernel``."""
+    # 16 values of each tensor to a thread: two loads of 16 bytes in half precision.
+    return _rows(features, 4, 16)
+
+
+@_overridable
+def normalize_rows_backward(features: int) -> Config:
+    """For ``residual_layer_norm._normalize_backward_kernel``; CTAS_PER_SM is for its grid."""
+    # It holds four tensors and three sums at once: more than 8 values would cost half the warps.
+    return {**_rows(features, 8, 8), "CTAS_PER_SM": 2}
+
+
+def chunks(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> tuple[int, int]:
+    """(rows in a chunk, chunks) for a kernel in which each CTA goes through one chunk of rows.
+
+    As many CTAs as run at once: more would add partial sums, and fewer leave SMs idle. Without a
+    GPU, as on an H100.
+    """
+    processors = 132
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    chunk = -(-rows // (processors * ctas_per_sm * block_m)) * block_m or block_m
+    return chunk, max(1, -(-rows // chunk))
+
+
+def _rows(features: int, warps: int, per_thread: int) -> Config:
+    """Whole rows, ``per_thread`` values to a thread: more rows, or more warps where one is wide."""
     block_n = _block(features, 1 << 30)
-    warps = min(16, max(4, block_n // 512))
-    return {"BLOCK_M": max(1, 2048 // block_n), "BLOCK_N": block_n, "num_warps": warps}
+    warps = min(16, max(warps, block_n // (32 * per_thread)))
+    block_m = max(1, warps * 32 * per_thread // block_n)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
 
 
 def _block(size: int, largest: int) -> int:

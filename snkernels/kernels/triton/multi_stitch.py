@@ -772,7 +772,7 @@ def _layer_norm(
     call: _Call, y: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: float
 ) -> None:
     norm_weight, norm_bias = call.one(NORM_WEIGHT), call.one(NORM_BIAS)
-    config = configs.layer_norm(y.shape[1])
+    config = configs.normalize_rows(y.shape[1])
     launch(
         _layer_norm_groups_kernel,
         (call.tiles(config["BLOCK_M"]),),
@@ -864,8 +864,9 @@ def _layer_norm_backward(
     """The gradient of y, the chunks' sums for norm weight, norm bias and bias, and their rows."""
     rows, features = y.shape
     norm_weight = call.one(NORM_WEIGHT)
-    config = configs.layer_norm(features)
-    chunk = triton.cdiv(rows, max(1, min(512, rows // config["BLOCK_M"])))
+    config = configs.normalize_rows_backward(features)
+    ctas = config.pop("CTAS_PER_SM")
+    chunk, _ = configs.chunks(rows, config["BLOCK_M"], ctas, y.device)
     chunks = call.tiles(chunk)
     grad = torch.empty((rows, features), dtype=y.dtype, device=y.device)
     partial = torch.empty((chunks, 3, features), dtype=torch.float32, device=y.device)

@@ -1,5 +1,7 @@
 """Sums over rows in a fixed order: sums of chunks, then their sum; no atomics."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -67,3 +69,63 @@ def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     rows, width = matrix.shape
     chunks = max(1, min(128, rows // 32))
     return sum_rows(sum_rows(matrix, chunks, torch.float32), 1, dtype).view(width)
+
+
+@triton.jit(do_not_specialize=["CHUNKS"])
+def _sum_partials_kernel(
+    p_partial,
+    p_first,
+    p_second,
+    p_third,
+    CHUNKS,
+    N,
+    stride_chunk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums over the chunks of one column of partials, each written to an output of its own."""
+    which = tl.program_id(1).to(tl.int64)
+    o_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    p_partial += o_m[:, None] * stride_chunk + (which * N + o_n)[None, :]
+    step = tl.cast(stride_chunk, tl.int64) * BLOCK_M
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m in range(0, CHUNKS, BLOCK_M):
+        acc += tl.load(p_partial, mask=(o_m[:, None] + m < CHUNKS) & m_n[None, :], other=0.0)
+        p_partial += step
+    total = tl.sum(acc, 0)
+    _store_if(which == 0, p_first, o_n, total, N)
+    _store_if(which == 1, p_second, o_n, total, N)
+    _store_if(which == 2, p_third, o_n, total, N)
+
+
+@triton.jit
+def _store_if(condition, p_out, o_n, values, N):
+    if p_out is not None:
+        mask = o_n < tl.where(condition, N, 0)
+        tl.store(p_out + o_n, values.to(p_out.dtype.element_ty), mask=mask)
+
+
+def sum_partials(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The sums over chunks of up to three vectors, (chunks, vectors, N) in fp32: (N,) each.
+
+    One launch, however many they are: beside a pass over the rows a launch is not small.
+    """
+    chunks, vectors, width = partial.shape
+    sums = [torch.empty(width, dtype=dtype, device=partial.device) for dtype in dtypes]
+    if not sums:
+        return sums
+    config = configs.sum_partials()
+    launch(
+        _sum_partials_kernel,
+        (triton.cdiv(width, config["BLOCK_N"]), vectors),
+        partial,
+        *sums,
+        *[None] * (3 - vectors),
+        chunks,
+        width,
+        vectors * width,
+        **config,
+    )
+    return sums

@@ -1,0 +1,337 @@
+"""``residual_layer_norm`` in Triton: h + γ · s · branch, LN of it, and all gradients.
+
+Each direction is one pass over memory. A program holds whole rows in registers, so the statistics
+are two-pass in fp32 and cost no second look at memory; LN is that of the sum which is returned,
+rounded to its dtype. Bytes bound both: forward 4 matrices of M · N values go by, backward 6, or 5
+where γ needs no gradient and the branch is not read again. ``stitch_layer_norm`` runs the same
+kernels on the sum that it has already, its y.
+
+Compiled and interpreted, never run on a GPU yet.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snkernels.kernels.native import norm_outputs
+from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.launch import launch, strides
+from snkernels.kernels.triton.norms import affine, columns, normalize, normalize_backward
+from snkernels.kernels.triton.sums import sum_partials
+
+
+@triton.jit
+def _of_samples(p_drop_path, o_m, m_m, each, stride):
+    """What stochastic depth multiplies rows ``o_m`` by: samples are ``each`` rows long."""
+    if p_drop_path is None:
+        return 1.0
+    else:
+        scale = tl.load(p_drop_path + o_m // each * stride, mask=m_m, other=0.0)
+        return scale.to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "each"])
+def _normalize_kernel(
+    p_h,
+    p_branch,
+    p_layer_scale,
+    p_drop_path,
+    p_gamma,
+    p_beta,
+    p_total,
+    p_normed,
+    p_mean,
+    p_rstd,
+    M,
+    N,
+    each,
+    eps,
+    stride_hm,
+    stride_hn,
+    stride_bm,
+    stride_bn,
+    stride_layer,
+    stride_drop,
+    stride_gamma,
+    stride_beta,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M whole rows of the sum and of LN of it; without a branch the sum is h."""
+    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    m_n = o_n < N
+    m_m = o_m < M
+    mask = m_m[:, None] & m_n[None, :]
+    p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
+    tile = o_m[:, None] * N + o_n[None, :]
+    total = tl.load(p_h, mask=mask, other=0.0)
+    if p_branch is not None:
+        p_branch += o_m[:, None] * stride_bm + o_n[None, :] * stride_bn
+        branch = tl.load(p_branch, mask=mask, other=0.0).to(tl.float32)
+        branch *= columns(p_layer_scale, o_n, N, stride_layer, 1.0)
+        branch *= _of_samples(p_drop_path, o_m, m_m, each, stride_drop)
+        total = (total.to(tl.float32) + branch).to(p_total.dtype.element_ty)
+        tl.store(p_total + tile, total, mask=mask)
+    normed, mean, rstd = normalize(total.to(tl.float32), m_n, N, eps)
+    normed = affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta)
+    tl.store(p_normed + tile, normed.to(p_normed.dtype.element_ty), mask=mask)
+    tl.store(p_mean + o_m, mean, mask=m_m)
+    tl.store(p_rstd + o_m, rstd, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["M", "each", "chunk"])
+def _normalize_backward_kernel(
+    p_total,
+    p_grad_total,
+    p_grad_normed,
+    p_branch,
+    p_layer_scale,
+    p_drop_path,
+    p_mean,
+    p_rstd,
+    p_gamma,
+    p_grad_h,
+    p_grad_branch,
+    p_layer_sums,
+    p_gamma_sums,
+    p_beta_sums,
+    M,
+    N,
+    each,
+    chunk,
+    stride_tm,
+    stride_tn,
+    stride_nm,
+    stride_nn,
+    stride_bm,
+    stride_bn,
+    stride_layer,
+    stride_drop,
+    stride_gamma,
+    stride_sums,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradients of h and branch in one chunk of rows, and what it adds to those of the vectors.
+
+    What is not wanted is None, and so is a gradient that did not come. The branch is only read for
+    the gradient of γ; without one it counts as 1, which makes that the sum of the rows' gradients.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    o_m = pid * chunk + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    m_n = o_n < N
+    end = tl.minimum((pid + 1) * chunk, M)
+    gamma = columns(p_gamma, o_n, N, stride_gamma, 1.0)
+    layer_scale = columns(p_layer_scale, o_n, N, stride_layer, 1.0)
+    # Rows are added up value by value, and across warps once, at the end.
+    layer_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gamma_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    beta_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m in range(0, chunk, BLOCK_M):
+        rows = o_m + m
+        m_m = rows < end
+        mask = m_m[:, None] & m_n[None, :]
+        tile = rows[:, None] * N + o_n[None, :]
+        grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if p_grad_total is not None:
+            p_rows = p_grad_total + rows[:, None] * stride_tm + o_n[None, :] * stride_tn
+            grad = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
+        if p_branch is not None:
+            p_rows = p_branch + rows[:, None] * stride_bm + o_n[None, :] * stride_bn
+            branch = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
+        if p_grad_normed is not None:
+            p_rows = p_grad_normed + rows[:, None] * stride_nm + o_n[None, :] * stride_nn
+            grad_normed = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
+            total = tl.load(p_total + tile, mask=mask, other=0.0).to(tl.float32)
+            mean = tl.load(p_mean + rows, mask=m_m, other=0.0)
+            rstd = tl.load(p_rstd + rows, mask=m_m, other=0.0)
+            by_norm, normalized = normalize_backward(
+                grad_normed * gamma, total, mean, rstd, mask, N
+            )
+            grad += by_norm
+            if p_gamma_sums is not None:
+                gamma_sums += grad_normed * normalized
+            if p_beta_sums is not None:
+                beta_sums += grad_normed
+        if p_grad_h is not None:
+            tl.store(p_grad_h + tile, grad.to(p_grad_h.dtype.element_ty), mask=mask)
+        scaled = grad * _of_samples(p_drop_path, rows, m_m, each, stride_drop)
+        if p_layer_sums is not None:
+            layer_sums += scaled * branch if p_branch is not None else scaled
+        if p_grad_branch is not None:
+            scaled *= layer_scale
+            tl.store(p_grad_branch + tile, scaled.to(p_grad_branch.dtype.element_ty), mask=mask)
+    row = pid * stride_sums + o_n
+    if p_layer_sums is not None:
+        tl.store(p_layer_sums + row, tl.sum(layer_sums, 0), mask=m_n)
+    if p_gamma_sums is not None:
+        tl.store(p_gamma_sums + row, tl.sum(gamma_sums, 0), mask=m_n)
+    if p_beta_sums is not None:
+        tl.store(p_beta_sums + row, tl.sum(beta_sums, 0), mask=m_n)
+
+
+def normalize_rows(
+    h: Tensor,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """Fills the sum, LN of it and the statistics; without a branch, LN of h and the statistics."""
+    rows, features = h.shape
+    config = configs.normalize_rows(features)
+    launch(
+        _normalize_kernel,
+        (triton.cdiv(rows, config["BLOCK_M"]),),
+        h,
+        branch,
+        layer_scale,
+        drop_path_scale,
+        norm_weight,
+        norm_bias,
+        total,
+        normed,
+        mean,
+        rstd,
+        rows,
+        features,
+        _rows_of_each(rows, drop_path_scale),
+        eps,
+        *h.stride(),
+        *strides(branch, 2),
+        *strides(layer_scale, 1),
+        *strides(drop_path_scale, 1),
+        *strides(norm_weight, 1),
+        *strides(norm_bias, 1),
+        **config,
+    )
+
+
+def normalize_rows_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    grad_h: Tensor | None,
+    grad_branch: Tensor | None,
+    vectors: Sequence[torch.dtype | None],
+) -> list[Tensor]:
+    """Fills the gradients of h and branch where they are wanted.
+
+    Returns:
+        Of the gradients of layer_scale, norm_weight and norm_bias those to which ``vectors`` gives
+        a dtype. Without a branch the first is the sum of the rows of grad_h, before it is rounded.
+    """
+    rows, features = total.shape
+    config = configs.normalize_rows_backward(features)
+    chunk, chunks = configs.chunks(rows, config["BLOCK_M"], config.pop("CTAS_PER_SM"), total.device)
+    wanted = [dtype for dtype in vectors if dtype is not None]
+    partial = torch.empty((chunks, len(wanted), features), dtype=torch.float32, device=total.device)
+    columns = iter(partial.unbind(1))
+    launch(
+        _normalize_backward_kernel,
+        (chunks,),
+        total,
+        grad_total,
+        grad_normed,
+        None if vectors[0] is None else branch,
+        layer_scale,
+        drop_path_scale,
+        mean,
+        rstd,
+        norm_weight,
+        grad_h,
+        grad_branch,
+        *(None if dtype is None else next(columns) for dtype in vectors),
+        rows,
+        features,
+        _rows_of_each(rows, drop_path_scale),
+        chunk,
+        *strides(grad_total, 2),
+        *strides(grad_normed, 2),
+        *strides(branch, 2),
+        *strides(layer_scale, 1),
+        *strides(drop_path_scale, 1),
+        *strides(norm_weight, 1),
+        partial.stride(0),
+        **config,
+    )
+    return sum_partials(partial, wanted)
+
+
+def residual_layer_norm_forward(
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    normed_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum, LN(sum), mean, 1/σ); see :func:`snkernels.reference.residual` and ``layer_norm``."""
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    outputs = norm_outputs(x, x.shape[1], dtype, normed_dtype)
+    scales = layer_scale, drop_path_scale
+    normalize_rows(x, branch, *scales, norm_weight, norm_bias, eps, *outputs)
+    return outputs
+
+
+def residual_layer_norm_backward(
+    grad_sum: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """See ``residual_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
+    grad_x, grad_branch = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if need else None
+        for tensor, need in zip((x, branch), needs[:2], strict=True)
+    )
+    vectors = [
+        vector.dtype if need and vector is not None else None
+        for vector, need in zip((layer_scale, norm_weight, norm_bias), needs[2:], strict=True)
+    ]
+    sums = normalize_rows_backward(
+        grad_sum,
+        grad_normed,
+        branch,
+        layer_scale,
+        drop_path_scale,
+        total,
+        mean,
+        rstd,
+        norm_weight,
+        grad_x,
+        grad_branch,
+        vectors,
+    )
+    return [grad for grad in (grad_x, grad_branch) if grad is not None] + sums
+
+
+def _rows_of_each(rows: int, drop_path_scale: Tensor | None) -> int:
+    return 1 if drop_path_scale is None else max(1, rows // max(1, drop_path_scale.shape[0]))
