@@ -235,7 +235,7 @@ def tests_of(op: str, backend: str) -> str:
 def tests() -> list[Stage]:
     """The tests of each kernel, and the others; at once, as most of their time is compiling."""
     # -P: not from the sources in this folder, but the package that was installed.
-    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short"]
+    pytest = [sys.executable, "-P", "-m", "pytest", "-v", "--tb=short"]
     ops = [*pytest, "-n", "3", "python_tests/ops"]
     device = {"SNKERNELS_TEST_DEVICE": "cuda"}
     others = ("python_tests/kernels/triton", "python_tests/models/test_on_a_gpu.py")
@@ -289,8 +289,8 @@ def struck(run: Run) -> dict[str, list[str]]:
     for op, backend in kernels():
         name = tests_of(op, backend)
         cut_off = results[name].outcome in ("timed out", "left out")
-        # A cut-off pytest still says which tests had failed.
-        failed = bool(re.search(r"^(FAILED|ERROR) |\b\d+ (failed|error)", run.log_of(name), re.M))
+        # pytest says of each test how it ended, before or behind its name.
+        failed = bool(re.search(r"(^|\] | )(FAILED|ERROR)\b", run.log_of(name), re.M))
         if results[name].outcome == "failed" or (cut_off and failed):
             found[op].append(backend)
     return found

@@ -20,7 +20,8 @@ def python(name: str, code: str, seconds: float = 20.0) -> Stage:
 
 GOOD = "import os; print(os.environ['GREETING']); print('==== 3 passed ====')"
 BAD = "import sys; print('FAILED a.py::b'); print('1 failed, 2 passed'); sys.exit(1)"
-SLOW = "import time; print('FAILED a.py::b')\nwhile True: time.sleep(9)"
+SLOW = "import time; print('[gw1] [  3%] FAILED a.py::b')\nwhile True: time.sleep(9)"
+STUCK = "import time; print('[gw1] [  3%] PASSED a.py::b'); time.sleep(99)"
 # Ends only when it is made to, and its child with it.
 DEAF = (
     "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
@@ -52,7 +53,7 @@ def test_how_each_stage_ends_is_told(
     assert "hello" in run.log_of("good")
     said = capsys.readouterr().out
     assert "good: begins, 20 s at most" in said
-    assert "slow: FAILED a.py::b" in said  # while it ran
+    assert "slow: [gw1] [  3%] FAILED a.py::b" in said  # while it ran
     assert len(run.table().splitlines()) == 5
 
     run.save(tmp_path)
@@ -154,9 +155,10 @@ def test_tests_that_were_cut_off_strike_a_kernel_only_if_one_had_failed(
     stages: dict[str, str], tmp_path: Path
 ) -> None:
     run = Run(tmp_path, 60)
-    run.alone(python("tests of stitch, triton", SLOW, 0.5))
+    stuck = python("tests of stitch_layer_norm, triton", STUCK, 1.0)
+    run.together([python("tests of stitch, triton", SLOW, 1.0), stuck])
     for op, backend in gpu.kernels():
-        if (op, backend) != ("stitch", "triton"):
+        if gpu.tests_of(op, backend) not in [result.name for result in run.results]:
             run.leave_out(gpu.tests_of(op, backend), "no time was left")
     assert {op: names for op, names in gpu.struck(run).items() if names} == {"stitch": ["triton"]}
 

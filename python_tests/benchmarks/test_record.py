@@ -12,7 +12,7 @@ from benchmarks import record as recorder
 from benchmarks import table
 from benchmarks.roofline import Ceilings
 from benchmarks.schema import Record
-from benchmarks.subject import Shape, Subject, subjects
+from benchmarks.subject import Bind, Outputs, Shape, Subject, Tensors, subjects
 
 SHAPES = [
     Shape("S→L", {"M": 30, "K": 40, "N": 50, "r": 4}),
@@ -136,6 +136,65 @@ def test_no_speed_for_a_kernel_that_fails(
     text = path.with_suffix(".md").read_text()
     assert text.count("| cpu backend | check failed |") == len(entries)
     assert "output 0: error" in capsys.readouterr().err
+
+
+def test_a_struck_kernel_never_runs(small: dict[str, Subject], tmp_path: Path) -> None:
+    def never(t: Tensors) -> Bind:
+        raise AssertionError("it ran")
+
+    small["stitch"] = dataclasses.replace(small["stitch"], ours=never, layer=never)
+    path = tmp_path / "struck.json"
+    arguments = ["--ops", "stitch", "--out", str(path), *ARGUMENTS]
+    assert recorder.main([*arguments, "--struck", "cpu", "torch"]) == 1
+    ours = [entry for case in Record.load(path).cases for entry in case.entries if entry.ours]
+    assert {entry.failed for entry in ours} == {recorder.TESTS_FAILED}
+    assert all(entry.seconds is None for entry in ours)
+    assert "| cpu backend | check failed |" in path.with_suffix(".md").read_text()
+
+
+def test_a_case_that_breaks_loses_nothing_and_another_process_goes_on(
+    small: dict[str, Subject], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = small["stitch"]
+
+    def broken(t: Tensors) -> Outputs:
+        if len(t["weight"]) == SHAPES[0]["N"]:
+            raise RuntimeError("no such memory")
+        return good.eager(t)
+
+    path = tmp_path / "parts.json"
+    arguments = ["--out", str(path), "--add", *ARGUMENTS]
+    small["stitch"] = dataclasses.replace(good, eager=broken)
+    assert recorder.main(["--ops", "stitch", *arguments]) == 1
+    assert "stitch-S2L-M30" in (said := capsys.readouterr().err)
+    assert "RuntimeError: no such memory" in said
+    first = Record.load(path)
+    assert [case.shape for case in first.cases] == ["L→S"] * 3
+
+    assert recorder.main(["--ops", "stitch_layer_norm", *arguments]) == 0
+    both = Record.load(path)
+    assert both.cases[:3] == first.cases
+    assert [case.op for case in both.cases[3:]] == ["stitch_layer_norm"] * 6
+    assert (both.date, both.ceilings) == (first.date, first.ceilings)
+
+
+def test_no_case_begins_after_the_limit(
+    small: dict[str, Subject], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recorder.main(["--out", str(tmp_path / "a.json"), "--limit", "0", *ARGUMENTS]) == 1
+    assert "no time was left for stitch-S2L-M30" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_preparing_checks_and_records_nothing(small: dict[str, Subject], tmp_path: Path) -> None:
+    good = small["stitch"]
+    arguments = ["--ops", "stitch", "--prepare", "--out", str(tmp_path / "a.json")]
+    assert recorder.main(arguments) == 0
+    small["stitch"] = dataclasses.replace(
+        good, ours=lambda t: lambda: tuple(y + 1 for y in good.ours(t)())
+    )
+    assert recorder.main(arguments) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_finds_what_is_not_as_recorded(path: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import faulthandler
 import os
 from collections.abc import Iterator
 
@@ -16,13 +17,21 @@ ISAS = ("avx512", "avx2", "portable")
 COMPILED = [f"cpu-{isa}" for isa in ISAS] if DEVICE == "cpu" else ["cuda"]
 
 
+HANGS = 90.0  # seconds; the slowest tests are those that compile, for some ten
+
+
 @pytest.fixture(autouse=True)
 def _tensors_are_made_on_the_device() -> Iterator[None]:
+    """A kernel that never ends on a GPU ends the process, and so counts as a failure."""
     if DEVICE == "cpu":
         yield
         return
-    with torch.device(DEVICE):
-        yield
+    faulthandler.dump_traceback_later(HANGS, exit=True)
+    try:
+        with torch.device(DEVICE):
+            yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(params=["torch", *COMPILED, "triton"])
