@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from cases import EPS, OPS, Op, Shape, Tensors, make, run
+from cases import EPS, GROUPED, OPS, Op, Shape, Tensors, make, run
 from device import DEVICE
 from judge import assert_as_exact_as_torch
 from test_every_op import judge
@@ -61,6 +61,8 @@ def test_the_same_bits_every_time(op: Op, backend: str, dtype: torch.dtype) -> N
 
 
 def test_a_captured_call_follows_its_arguments(op: Op, backend: str) -> None:
+    if op in GROUPED.values():
+        pytest.skip("it makes its groups anew in each call; see the captured call below")
     tensors, others = (make(op, Shape(300, 384, 1024, 16), torch.bfloat16) for _ in range(2))
     expected = op.call(others, 0.25)
     outputs, graph = captured(lambda: op.call(tensors, 0.25))
