@@ -4,7 +4,8 @@
     python -m benchmarks.table --check    writes nothing; fails where a table is not its record's
 
 A block of the README begins with ``<!-- record:NAME -->``, or ``<!-- record:NAME OP -->`` for one
-op alone, and ends with ``<!-- /record -->``. NAME is that of benchmarks/results/NAME.json.
+op alone, and ends with ``<!-- /record -->``. NAME is that of benchmarks/results/NAME.json. A record
+of the model layer has sections in place of ops.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import plot
+from benchmarks import model_record, plot
 from benchmarks.case import EAGER
+from benchmarks.model_record import ModelRecord
 from benchmarks.schema import RESULTS, CaseResult, EntryResult, Record
 from benchmarks.timing import Spread
 
@@ -117,9 +119,16 @@ def beside(record: Path) -> Path:
     return record.with_suffix(".md")
 
 
+def text_of(record: Path, part: str | None = None) -> str:
+    """The tables of a record of either kind, or of one op or section."""
+    if model_record.is_model_record(record):
+        return model_record.markdown(ModelRecord.load(record), part)
+    return markdown(Record.load(record), part)
+
+
 def write(record: Path) -> None:
     """Makes the table of a record anew."""
-    beside(record).write_text(markdown(Record.load(record)), encoding="utf-8")
+    beside(record).write_text(text_of(record), encoding="utf-8")
 
 
 def readme(text: str, results: Path) -> str:
@@ -133,7 +142,7 @@ def readme(text: str, results: Path) -> str:
         record = results / f"{match['name']}.json"
         if not record.exists():
             raise ValueError(f"the README names the record {match['name']!r}, but {record} is not")
-        return f"{match['begin']}{markdown(Record.load(record), match['op'])}{match['end']}"
+        return f"{match['begin']}{text_of(record, match['op'])}{match['end']}"
 
     made, count = _BLOCK.subn(block, text)
     if count != text.count("<!-- record:"):
@@ -149,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     options = parser.parse_args(arguments)
     records = options.records or sorted(RESULTS.glob("*.json"))
-    texts = {beside(record): markdown(Record.load(record)) for record in records}
+    texts = {beside(record): text_of(record) for record in records}
     if options.readme.exists():
         texts[options.readme] = readme(options.readme.read_text(encoding="utf-8"), RESULTS)
     stale = [
@@ -165,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.write_text(texts[path], encoding="utf-8")
         print(f"Wrote {path}")
     for record in records:
-        plot.write(record)
+        draw = model_record.plot if model_record.is_model_record(record) else plot.write
+        draw(record)
     return 0
 
 
