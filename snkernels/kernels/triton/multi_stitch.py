@@ -9,7 +9,7 @@ Offsets are clamped to the rows of x: wrong ones give wrong results, and never a
 All groups of a call share the dtype and strides of a parameter, which the launches take as
 arguments. Where groups differ there, or in rank, that parameter is copied, as fp32 if dtypes do;
 such a call cannot be captured in a graph, as copies have new addresses each time. Gradients of one
-kind lie in one buffer, of which each parameter's own gradient is a view.
+kind are computed in one buffer and copied from there, as new tensors have new addresses too.
 
 Compiled and interpreted, never run on a GPU yet.
 """
@@ -844,13 +844,17 @@ def multi_stitch_backward(
     if needs[0]:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grads.append(call.project(grad, grad_x, WEIGHT, transposed=True, low=low_grad))
+    own: list[Tensor] = []
+    stacked: list[Tensor] = []
     for i, (tensor, need) in enumerate(zip(tensors, needs[1:], strict=True)):
-        stacked = found[i % 6]
-        if need and tensor is not None and stacked is not None:
-            own = stacked[i // 6]
-            own = own[tuple(map(slice, tensor.shape))]  # of a rank below the largest, a part
-            grads.append(own.to(tensor.dtype).contiguous())
-    return grads
+        role = found[i % 6]
+        if need and tensor is not None and role is not None:
+            own.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+            stacked.append(role[i // 6][tuple(map(slice, tensor.shape))])  # all, or a lower rank's
+    if own:
+        # Outputs of an op must not share memory. One launch, which reads no table of addresses.
+        torch._foreach_copy_(own, stacked)
+    return grads + own
 
 
 def _layer_norm_backward(
