@@ -60,6 +60,15 @@ def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @about_the_cpu
+@pytest.mark.parametrize("name", ["multi_stitch", "multi_stitch_backward"])
+def test_opcheck_of_groups_in_triton(name: str) -> None:
+    """Outputs must not share memory, which gradients made in one buffer easily do."""
+    with backends.use_backend("torch"):
+        args = arguments(torch.float32, Shape(9, 5, 4, 2))[name]
+    with backends.use_backend("triton"):
+        torch.library.opcheck(getattr(torch.ops.snkernels, name).default, args)
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     before = torch.get_num_threads()
     results = []
