@@ -847,10 +847,10 @@ def multi_stitch_backward(
     own: list[Tensor] = []
     stacked: list[Tensor] = []
     for i, (tensor, need) in enumerate(zip(tensors, needs[1:], strict=True)):
-        role = found[i % 6]
-        if need and tensor is not None and role is not None:
+        whole = found[i % 6]
+        if need and tensor is not None and whole is not None:
             own.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
-            stacked.append(role[i // 6][tuple(map(slice, tensor.shape))])  # all, or a lower rank's
+            stacked.append(whole[i // 6][tuple(map(slice, tensor.shape))])  # all, or a lower rank's
     if own:
         # Outputs of an op must not share memory. One launch, which reads no table of addresses.
         torch._foreach_copy_(own, stacked)
