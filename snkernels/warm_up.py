@@ -7,6 +7,7 @@ launches was launched once: Triton kernels, the CUDA module, torch's libraries, 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,6 @@ def _compiled_kernels() -> Iterator[list[str]]:
 
 def _graphs() -> int:
     """How many graphs torch.compile has made in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
+    # Not imported for this: it takes seconds, and where nobody did, there are none.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
