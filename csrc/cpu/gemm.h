@@ -136,9 +136,26 @@ inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slic
   } while (k < terms);
 }
 
-// Rows [first, first + count) of out = uᵀ v: a sum over the rows of u and v, which are read where
-// they lie, if they lie in rows of floats. `room` holds transposed_product_size(v.cols) floats.
-constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that a line of u is used whole
+// Slices, KC terms apart, of the columns [first, first + count) of rows [row, row + terms) of u.
+inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t first, int64_t count,
+                           float* slices) {
+  if (in_place(u) && count % MR == 0) {
+    // Row by row, all lines of a row at once: each comes from afar.
+    const float* in = static_cast<const float*>(u.data) + row * u.row_stride + first;
+    for (int64_t k = 0; k < terms; ++k, in += u.row_stride)
+      for (int64_t i = 0; i < count; i += MR)
+        std::memcpy(slices + i * KC + k * MR, in + i, MR * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; i += MR)
+    pack<MR>(u.transposed(), first + i, smaller(MR, count - i), row, terms, slices + i * KC);
+}
+
+// Rows [first, first + count) of out = uᵀ v: a sum over the rows of u and v. `room` holds
+// transposed_product_size(v.cols) floats. The columns of u are gathered first: rows are often a power
+// of two apart, and fall into one set of the L1 cache. Those of v are read where they lie, if they
+// lie in rows of floats.
+constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that lines of u are used whole
 inline int64_t transposed_product_size(int64_t cols) {
   return STRIP * round_up(cols, NR) + (STRIP + NR) * KC + 2 * VL;
 }
@@ -147,19 +164,9 @@ inline void transposed_product(const View& u, const View& v, int64_t first, int6
   const int64_t ldc = round_up(v.cols, NR);
   float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC + VL;
   int64_t m = 0;
-  do {
+  do {  // once at least, as no rows at all make zeros
     const int64_t terms = smaller(KC, u.rows - m);
-    const float* a[STRIP / MR];
-    int64_t lda = u.row_stride;
-    const bool direct = in_place(u) && count == STRIP;
-    for (int64_t i = 0; i < count; i += MR) {
-      float* slice = slices + i * KC;
-      a[i / MR] = static_cast<const float*>(u.data) + m * u.row_stride + first + i;
-      if (direct) continue;
-      pack<MR>(u.transposed(), first + i, smaller(MR, count - i), m, terms, slice);
-      a[i / MR] = slice;
-      lda = MR;
-    }
+    gather_columns(u, m, terms, first, count, slices);
     for (int64_t j = 0; j < v.cols; j += NR) {
       const float* b = static_cast<const float*>(v.data) + m * v.row_stride + j;
       int64_t ldb = v.row_stride;
@@ -169,7 +176,7 @@ inline void transposed_product(const View& u, const View& v, int64_t first, int6
         ldb = NR;
       }
       for (int64_t i = 0; i < count; i += MR)
-        tile(m > 0, terms, a[i / MR], lda, b, ldb, c + i * ldc + j, ldc, MR, NR);
+        tile(m > 0, terms, slices + i * KC, MR, b, ldb, c + i * ldc + j, ldc, MR, NR);
     }
     m += terms;
   } while (m < u.rows);
