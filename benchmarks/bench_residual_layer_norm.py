@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.case import Trial
-from benchmarks.stitching import EPS, TOKENS
+from benchmarks.stitching import EPS, TOKENS, call
 from benchmarks.subject import Outputs, Phase, Shape, Subject, Tensors, Work
 from snkernels.ops import residual_layer_norm
 
@@ -15,10 +15,11 @@ from snkernels.ops import residual_layer_norm
 def _shapes(images: int) -> list[Shape]:
     """Widths of DeiT3 and, without torch.compile, of the smallest and the largest ViT in use."""
     widths = {"S": 384, "B": 768, "L": 1024, "Ti": 192, "H": 1280}
-    return [
+    shapes = [
         Shape(name, {"M": images * TOKENS, "N": N}, compiled=name in "SBL")
         for name, N in widths.items()
     ]
+    return [*shapes, call(N=8)]
 
 
 def _make(shape: Shape) -> Tensors:

@@ -29,7 +29,13 @@ def shapes(images: int) -> list[Shape]:
         shape("S→B", 384, 768, 64),
         shape("S→L", 384, 1024, 16),
         shape("S→L", 384, 1024, 0),
+        call(K=8, N=8, r=4),
     ]
+
+
+def call(**sizes: int) -> Shape:
+    """One row so small that a call's time is its overhead, with next to no arithmetic in it."""
+    return Shape("call", {"M": 1, **sizes})
 
 
 def make(shape: Shape) -> Tensors:

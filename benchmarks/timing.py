@@ -1,10 +1,12 @@
 """The one way in which time is measured here.
 
-Candidates take turns, round by round (A B C A B C …), so that what else the machine does strikes
-them alike. A ratio is taken inside each round, and the median of the rounds is reported. Medians
-in seconds from two different runs say little; ratios hold.
+Candidates take turns, round by round, so that what else the machine does strikes them alike, and
+each round has an order of its own: in a fixed one (A B C A B C …) each would always find the caches
+as the same other left them. A ratio is taken inside each round, and the median of the rounds is
+reported. Medians in seconds from two different runs say little; ratios hold.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,9 +66,12 @@ def interleave(
     if len(samples) < len(candidates):
         raise ValueError(f"candidates must have different names, but are {list(samples)}")
 
+    shuffle = random.Random(0).shuffle
+
     def one_round() -> dict[str, float]:
-        taken = {}
-        for candidate in candidates:
+        order, taken = list(candidates), {}
+        shuffle(order)
+        for candidate in order:
             with candidate.scope():
                 taken[candidate.name] = candidate.sample()
         return taken

@@ -1,5 +1,5 @@
 // snkernels._C: the compiled kernels, called with integers for pointers. Shapes, number formats and
-// devices are checked in Python (snkernels/kernels/native.py); nothing is checked again here.
+// devices are checked where a tensor becomes a View (tensor.h); nothing is checked again here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "tensor.h"
 #ifdef SNK_WITH_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -171,6 +172,10 @@ PYBIND11_MODULE(_C, m) {
 #else
       false;
 #endif
+  static PyMethodDef view = {"view", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(
+                                         snk::tensor_view)),
+                             METH_FASTCALL, "What kernels are told of a tensor."};
+  m.attr("view") = py::reinterpret_steal<py::object>(PyCFunction_New(&view, nullptr));
   bind_cpu(m);
 #ifdef SNK_WITH_CUDA
   m.attr("cuda_version") = SNK_CUDA_VERSION;

@@ -23,6 +23,65 @@ class RowScale {
   int64_t rows_;
 };
 
+// A row of the backward. What is absent is a row of zeros, what is not wanted goes to a row of
+// room, so that all rows are worked on alike.
+struct BackwardRow {
+  const float *y, *grad_normed, *grad_sum, *branch;
+  float *grad_h, *grad_branch;
+  float scale;
+  RowStatistics statistics;
+};
+
+// The vectors of the backward: LN's weight and γ, and the sums that become their gradients.
+struct BackwardVectors {
+  const float *norm_weight, *layer_scale;
+  float *sum_weight, *sum_bias, *sum_scale;
+};
+
+// The sums are read and written for every row that adds to them, so ROWS rows add at a time.
+template <int ROWS>
+inline void backward_rows(const BackwardRow (&rows)[ROWS], int64_t n, const BackwardVectors& to) {
+  float mean[ROWS], slope[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    const BackwardRow& row = rows[i];
+    Sum weighted, weighted_deviation;
+    for_values(n, [&](auto v, int64_t j, int chain) {
+      using V = decltype(v);
+      const V inner = get<V>(row.grad_normed + j) * get<V>(to.norm_weight + j);
+      put(row.grad_h + j, inner);  // rounded: of a single value the mean takes away all
+      weighted.add(inner, chain);
+      weighted_deviation.add(V(inner * (get<V>(row.y + j) - row.statistics.mean)), chain);
+    });
+    mean[i] = weighted.total() / n;
+    slope[i] = weighted_deviation.total() * row.statistics.rstd / n;
+  }
+  for_values(n, [&](auto v, int64_t j, int) {
+    using V = decltype(v);
+    const V gamma = get<V>(to.layer_scale + j);
+    V sum_weight = get<V>(to.sum_weight + j), sum_bias = get<V>(to.sum_bias + j),
+      sum_scale = get<V>(to.sum_scale + j);
+#pragma GCC unroll 2
+    for (int i = 0; i < ROWS; ++i) {
+      const BackwardRow& row = rows[i];
+      const float rstd = row.statistics.rstd;
+      const V upper = get<V>(row.grad_normed + j);
+      const V normalized = (get<V>(row.y + j) - row.statistics.mean) * rstd;
+      // The gradient of h is that of the sum, so it is where the parts meet.
+      const V through_norm = rstd * (get<V>(row.grad_h + j) - mean[i] - normalized * slope[i]);
+      const V total = through_norm + get<V>(row.grad_sum + j);
+      const V scaled = row.scale * total;
+      sum_weight += upper * normalized;
+      sum_bias += upper;
+      sum_scale += scaled * get<V>(row.branch + j);
+      put(row.grad_h + j, total);
+      put(row.grad_branch + j, V(scaled * gamma));
+    }
+    put(to.sum_weight + j, sum_weight);
+    put(to.sum_bias + j, sum_bias);
+    put(to.sum_scale + j, sum_scale);
+  });
+}
+
 }  // namespace
 
 Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
@@ -72,45 +131,64 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
 }
 
 Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
-  static thread_local Scratch scale_scratch, weight_scratch, sums, rooms;
+  static thread_local Scratch scale_scratch, weight_scratch, zero_scratch, sums, rooms;
+  constexpr int ROWS = 2, ROOMS = 6 * ROWS;
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
-  float* partial = sums.take(block_sums_size(M, 3 * N) + 1);
-  float* room = rooms.take(ROW_BLOCKS * 4 * N + 1);
-  if (layer_scale == nullptr || norm_weight == nullptr || partial == nullptr || room == nullptr)
+  const float* zeros = vector_or(View(), 0.0f, N, zero_scratch);
+  float* partial = sums.take(block_sums_size(M, 3 * N));
+  float* room = rooms.take(p.threads * ROOMS * N);
+  if (layer_scale == nullptr || norm_weight == nullptr || zeros == nullptr || partial == nullptr ||
+      room == nullptr)
     return Status::out_of_memory;
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
   const float* mean = static_cast<const float*>(p.mean.data);
   const float* rstd = static_cast<const float*>(p.rstd.data);
-  for_row_blocks(M, 3 * N, p.threads, partial,
-                 [&](int64_t row, int64_t block, float* sum_weight) {
-    float *sum_bias = sum_weight + N, *sum_scale = sum_bias + N;
-    float *room_in = room + block * 4 * N, *room_g = room_in + N, *room_h = room_g + N,
-          *room_branch = room_h + N;
-    // The gradient of h is that of the sum, so it is where the parts meet.
-    float* d = p.grad_h ? row_target(p.grad_h, row, room_h) : room_h;
-    if (p.grad_normed)
-      normalize_row_backward(row_values(p.sum, row, room_in), row_values(p.grad_normed, row, room_g),
-                             N, {mean[row], rstd[row]}, norm_weight, d, sum_weight, sum_bias);
-    else
-      std::memset(d, 0, N * sizeof(float));
-    const float* direct = p.grad_sum ? row_values(p.grad_sum, row, room_g) : nullptr;
-    const float* branch = p.grad_layer_scale ? row_values(p.branch, row, room_in) : nullptr;
-    float* grad_branch = p.grad_branch ? row_target(p.grad_branch, row, room_branch) : nullptr;
-    const float s = row_scale.at(row);
-    for_values(N, [&](auto v, int64_t j, int) {
-      using V = decltype(v);
-      V total = get<V>(d + j);
-      if (direct != nullptr) total += get<V>(direct + j);
-      put(d + j, total);
-      if (branch != nullptr)
-        put(sum_scale + j, V(get<V>(sum_scale + j) + s * get<V>(branch + j) * total));
-      if (grad_branch != nullptr) put(grad_branch + j, V(s * get<V>(layer_scale + j) * total));
-    });
-    if (p.grad_branch) finish_row(p.grad_branch, row, grad_branch);
-    if (p.grad_h) finish_row(p.grad_h, row, d);
-  });
+  const auto row_at = [&](int64_t row, float* own) {
+    const auto values = [&](const View& view, int which) {
+      return view ? row_values(view, row, own + which * N) : zeros;
+    };
+    const auto target = [&](const View& view, int which) {
+      return view ? row_target(view, row, own + which * N) : own + which * N;
+    };
+    // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
+    const bool normed = bool(p.grad_normed);
+    return BackwardRow{
+        normed ? values(p.sum, 0) : zeros,
+        values(p.grad_normed, 1),
+        values(p.grad_sum, 2),
+        p.grad_layer_scale ? values(p.branch, 3) : zeros,
+        target(p.grad_h, 4),
+        target(p.grad_branch, 5),
+        row_scale.at(row),
+        normed ? RowStatistics{mean[row], rstd[row]} : RowStatistics{0, 0},
+    };
+  };
+  const auto finish = [&](int64_t row, const BackwardRow& values) {
+    if (p.grad_h) finish_row(p.grad_h, row, values.grad_h);
+    if (p.grad_branch) finish_row(p.grad_branch, row, values.grad_branch);
+  };
+  const int64_t blocks = row_blocks(M), share = ceil_div(blocks, p.threads);
+#pragma omp parallel for num_threads(p.threads)
+  for (int thread = 0; thread < p.threads; ++thread) {
+    float *own = room + thread * ROOMS * N, *next = own + ROOMS / 2 * N;
+    for (int64_t block = thread * share; block < smaller(blocks, (thread + 1) * share); ++block)
+      sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t row, int64_t end, float* to) {
+        const BackwardVectors vectors{norm_weight, layer_scale, to, to + N, to + 2 * N};
+        for (; row + ROWS <= end; row += ROWS) {
+          const BackwardRow rows[ROWS] = {row_at(row, own), row_at(row + 1, next)};
+          backward_rows(rows, N, vectors);
+          finish(row, rows[0]);
+          finish(row + 1, rows[1]);
+        }
+        if (row < end) {
+          const BackwardRow rows[1] = {row_at(row, own)};
+          backward_rows(rows, N, vectors);
+          finish(row, rows[0]);
+        }
+      });
+  }
   write_block_sums(partial, M, 3 * N, 0, p.grad_norm_weight);
   write_block_sums(partial, M, 3 * N, N, p.grad_norm_bias);
   write_block_sums(partial, M, 3 * N, 2 * N, p.grad_layer_scale);

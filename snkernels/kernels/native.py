@@ -4,7 +4,7 @@ The functions have the signatures of the library ops that they implement and all
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Before the compiled module: both use OpenMP, and loaded after torch it shares torch's threads.
@@ -20,25 +20,12 @@ try:
 except ImportError as error:
     IMPORT_ERROR = str(error)
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 View = tuple[int, int, int, int, int, int]
 
 
-def _view(name: str, tensor: Tensor | None, rows: int, cols: int, device: str) -> View | None:
-    """(pointer, dtype, rows, cols, strides) of a matrix, or of a vector as a matrix of one row."""
-    if tensor is None:
-        return None
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None or not (tensor.is_cpu if device == "cpu" else tensor.is_cuda):
-        raise TypeError(
-            f"{name} must be float32, float16 or bfloat16 on {device}, "
-            f"but it is {tensor.dtype} on {tensor.device}"
-        )
-    shape, stride = tensor.shape, tensor.stride()
-    if shape != (rows, cols) and (rows != 1 or shape != (cols,)):
-        raise ValueError(f"{name} must have shape ({rows}, {cols}), but it has {tuple(shape)}")
-    return tensor.data_ptr(), dtype, rows, cols, stride[0], stride[-1]
+# (name, tensor, rows, cols, device): (pointer, dtype, rows, cols, strides) of a matrix, or of a
+# vector as a matrix of one row, once it was checked; None for None.
+_view: Callable[[str, Tensor | None, int, int, str], View | None] = getattr(_C, "view", None)
 
 
 def _grads_like(
@@ -70,7 +57,7 @@ def norm_outputs(
     The statistics are fp32, and fp64 for fp64.
     """
     rows, dtype = x.shape[0], dtype or x.dtype
-    statistics = torch.promote_types(dtype, torch.float32)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
     return (
         x.new_empty(rows, features, dtype=dtype),
         x.new_empty(rows, features, dtype=normed_dtype or dtype),

@@ -48,26 +48,40 @@ def check_tensor(
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
-    if tensor.dtype == torch.float64 and like.dtype != torch.float64:
-        raise TypeError(f"{name} must be at most float32 beside {like.dtype}, but it is float64")
+    if tensor.dtype is not torch.float32:
+        _check_dtype(name, tensor, like)
     if tensor.device != like.device:
         raise ValueError(
             f"{name} must be on {like.device}, where the tokens are, but is on {tensor.device}"
         )
     have = tensor.shape
-    if have != shape and not (
-        len(have) == len(shape)
-        and all(want in (None, size) for size, want in zip(have, shape, strict=True))
-    ):
-        wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(have)}")
+    if have == shape:
+        return
+    if len(have) == len(shape):
+        for size, want in zip(have, shape, strict=True):
+            if want is not None and want != size:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if want is None else str(want) for want in shape)
+    raise ValueError(f"{name} must have shape ({wanted}), but it has {tuple(have)}")
+
+
+def _check_dtype(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, but it is {tensor.dtype}")
+    if tensor.dtype == torch.float64 and like.dtype != torch.float64:
+        raise TypeError(f"{name} must be at most float32 beside {like.dtype}, but it is float64")
 
 
 def as_rows(x: Tensor) -> Tensor:
     """(…, width) as (rows, width), also where there are no rows or no width."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def from_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """(rows, width) in the shape that ``x`` had before :func:`as_rows`."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

@@ -18,7 +18,7 @@ from snkernels.kernels import native
 from snkernels.ops.autograd import differentiable_once
 from snkernels.ops.checks import check_input, check_number, check_stitch, check_tensor
 from snkernels.ops.library import (
-    autocast_dtype,
+    autocast,
     needs_grad,
     register,
     triton_kernel,
@@ -240,7 +240,7 @@ def _cuda(
     return _torch(x, group_offsets, tensors, scalings, out_features, normalize, eps)
 
 
-register(
+_forward_op = register(
     "multi_stitch(Tensor x, Tensor group_offsets, Tensor?[] tensors, float[] scalings,"
     " int out_features, bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
@@ -251,7 +251,7 @@ register(
         "cuda": _checked(_cuda),
     },
 )
-register(
+_backward_op = register(
     "multi_stitch_backward(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor group_offsets,"
     " Tensor?[] tensors, float[] scalings, Tensor y, Tensor mean, Tensor rstd, bool[] needs)"
     " -> Tensor[]",
@@ -278,7 +278,7 @@ class _MultiStitch(torch.autograd.Function):
         eps: float,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, mean, rstd = torch.ops.snkernels.multi_stitch(
+        y, normed, mean, rstd = _forward_op(
             x, group_offsets, tensors, scalings, out_features, normalize, eps
         )
         ctx.save_for_backward(x, group_offsets, y, mean, rstd, *tensors)
@@ -299,7 +299,7 @@ class _MultiStitch(torch.autograd.Function):
         need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
         needs = [need_x, *(need and used[i % TENSORS] for i, need in enumerate(need_tensors))]
-        grads = torch.ops.snkernels.multi_stitch_backward(
+        grads = _backward_op(
             grad_y, grad_normed, x, group_offsets, tensors, ctx.scalings, y, mean, rstd, needs
         )
         grad_x, *grad_tensors = spread(grads, needs)
@@ -338,7 +338,7 @@ def _multi_stitch(
     for group in groups:
         tensors += _without_rank_zero(group)[:TENSORS]
     arguments = (
-        x.to(autocast_dtype(x.device.type, x.dtype)),
+        autocast(x),
         offsets,
         tuple(float(group.scaling) for group in groups),
         out_features,
@@ -348,7 +348,7 @@ def _multi_stitch(
     if needs_grad(x, *tensors):
         return _MultiStitch.apply(*arguments, *tensors)
     x, offsets, *rest = arguments
-    return torch.ops.snkernels.multi_stitch(x, offsets, tensors, *rest)[:2]
+    return _forward_op(x, offsets, tensors, *rest)[:2]
 
 
 def _without_rank_zero(group: StitchGroup) -> StitchGroup:

@@ -13,7 +13,7 @@ from torch import Tensor
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.autograd import differentiable_once
-from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor
+from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor, from_rows
 from snkernels.ops.library import (
     autocast_dtype,
     needs_grad,
@@ -105,7 +105,7 @@ def _torch_backward(
     ]
 
 
-register(
+_forward_op = register(
     "residual_layer_norm(Tensor x, Tensor branch, Tensor? layer_scale, Tensor? drop_path_scale,"
     " Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType normed_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -116,7 +116,7 @@ register(
         "triton": triton_kernel("residual_layer_norm", "residual_layer_norm_forward"),
     },
 )
-register(
+_backward_op = register(
     "residual_layer_norm_backward(Tensor? grad_sum, Tensor? grad_normed, Tensor x, Tensor branch,"
     " Tensor? layer_scale, Tensor? drop_path_scale, Tensor total, Tensor mean, Tensor rstd,"
     " Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
@@ -142,7 +142,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         eps: float,
         normed_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        total, normed, mean, rstd = torch.ops.snkernels.residual_layer_norm(
+        total, normed, mean, rstd = _forward_op(
             x, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps, normed_dtype
         )
         ctx.save_for_backward(
@@ -158,9 +158,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
             need_norm = [False, False]
         needs = [need_x, need_branch, need_scale, *need_norm]
-        grads = torch.ops.snkernels.residual_layer_norm_backward(
-            grad_sum, grad_normed, *ctx.saved_tensors, needs
-        )
+        grads = _backward_op(grad_sum, grad_normed, *ctx.saved_tensors, needs)
         *residual_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
         return *residual_grads, None, norm_weight_grad, norm_bias_grad, None, None
 
@@ -220,6 +218,6 @@ def residual_layer_norm(
         norm_bias,
     )
     differentiable = needs_grad(*arguments)
-    op = _ResidualLayerNorm.apply if differentiable else torch.ops.snkernels.residual_layer_norm
+    op = _ResidualLayerNorm.apply if differentiable else _forward_op
     total, normed, *_ = op(*arguments, float(eps), autocast_dtype(h.device.type, dtype))
-    return total.view(h.shape), normed.view(h.shape)
+    return from_rows(total, h), from_rows(normed, h)

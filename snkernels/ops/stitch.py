@@ -9,9 +9,9 @@ from torch import Tensor
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.autograd import differentiable_once
-from snkernels.ops.checks import as_rows, check_input, check_stitch
+from snkernels.ops.checks import as_rows, check_input, check_stitch, from_rows
 from snkernels.ops.library import (
-    autocast_dtype,
+    autocast,
     needs_grad,
     register,
     triton_kernel,
@@ -51,7 +51,7 @@ def spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None
     return [next(remaining) if need else None for need in needs]
 
 
-register(
+_forward_op = register(
     "stitch(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling)"
     " -> Tensor",
     fake=_fake,
@@ -61,7 +61,7 @@ register(
         "triton": triton_kernel("stitch", "stitch_forward"),
     },
 )
-register(
+_backward_op = register(
     "stitch_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A,"
     " Tensor? lora_B, float scaling, bool[] needs) -> Tensor[]",
     fake=_fake_backward,
@@ -86,13 +86,13 @@ class _Stitch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
         ctx.scaling = scaling
-        return torch.ops.snkernels.stitch(x, weight, bias, lora_A, lora_B, scaling)
+        return _forward_op(x, weight, bias, lora_A, lora_B, scaling)
 
     @staticmethod
     @differentiable_once("stitch")
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
-        grads = torch.ops.snkernels.stitch_backward(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
+        grads = _backward_op(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
         return *spread(grads, needs), None
 
 
@@ -128,8 +128,8 @@ def stitch(
     check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = as_rows(x.to(autocast_dtype(x.device.type, x.dtype)))
+    rows = as_rows(autocast(x))
     arguments = (rows, weight, bias, lora_A, lora_B)
-    op = _Stitch.apply if needs_grad(*arguments) else torch.ops.snkernels.stitch
+    op = _Stitch.apply if needs_grad(*arguments) else _forward_op
     y = op(*arguments, float(scaling))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return from_rows(y, x)

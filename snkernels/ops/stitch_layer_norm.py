@@ -12,9 +12,16 @@ from torch import Tensor
 from snkernels import reference
 from snkernels.kernels import native
 from snkernels.ops.autograd import differentiable_once
-from snkernels.ops.checks import as_rows, check_input, check_number, check_stitch, check_tensor
+from snkernels.ops.checks import (
+    as_rows,
+    check_input,
+    check_number,
+    check_stitch,
+    check_tensor,
+    from_rows,
+)
 from snkernels.ops.library import (
-    autocast_dtype,
+    autocast,
     needs_grad,
     register,
     triton_kernel,
@@ -66,7 +73,7 @@ def _cuda(
     return native.cuda_bias_layer_norm(gemm, bias, norm_weight, norm_bias, eps)
 
 
-register(
+_forward_op = register(
     "stitch_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B,"
     " float scaling, Tensor? norm_weight, Tensor? norm_bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -78,7 +85,7 @@ register(
         "cuda": _cuda,
     },
 )
-register(
+_backward_op = register(
     "stitch_layer_norm_backward(Tensor? grad_y, Tensor grad_normed, Tensor x, Tensor weight,"
     " Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor y, Tensor mean,"
     " Tensor rstd, Tensor? norm_weight, Tensor? norm_bias, bool[] needs) -> Tensor[]",
@@ -107,7 +114,7 @@ class _StitchLayerNorm(torch.autograd.Function):
         norm_bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, mean, rstd = torch.ops.snkernels.stitch_layer_norm(
+        y, normed, mean, rstd = _forward_op(
             x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
         )
         ctx.save_for_backward(
@@ -123,9 +130,7 @@ class _StitchLayerNorm(torch.autograd.Function):
         operands, residuals = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8)]
         if grad_normed is not None:
-            grads = torch.ops.snkernels.stitch_layer_norm_backward(
-                grad_y, grad_normed, *operands, ctx.scaling, *residuals, needs
-            )
+            grads = _backward_op(grad_y, grad_normed, *operands, ctx.scaling, *residuals, needs)
         else:  # LN(y) was not used, so its parameters get no gradient, as in eager torch
             needs[5:] = False, False
             if grad_y is None:
@@ -178,10 +183,9 @@ def stitch_layer_norm(
     check_number("eps", eps)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = as_rows(x.to(autocast_dtype(x.device.type, x.dtype)))
+    rows = as_rows(autocast(x))
     stitch_arguments, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
     differentiable = needs_grad(*stitch_arguments, *norm)
-    op = _StitchLayerNorm.apply if differentiable else torch.ops.snkernels.stitch_layer_norm
+    op = _StitchLayerNorm.apply if differentiable else _forward_op
     y, normed, *_ = op(*stitch_arguments, float(scaling), *norm, float(eps))
-    shape = (*x.shape[:-1], weight.shape[0])
-    return y.view(shape), normed.view(shape)
+    return from_rows(y, x), from_rows(normed, x)
