@@ -25,7 +25,7 @@ View = tuple[int, int, int, int, int, int]
 
 # (name, tensor, rows, cols, device): (pointer, dtype, rows, cols, strides) of a matrix, or of a
 # vector as a matrix of one row, once it was checked; None for None.
-_view: Callable[[str, Tensor | None, int, int, str], View | None] = getattr(_C, "view", None)
+_view: Callable[[str, Tensor | None, int, int, str], View | None] = _C and _C.view
 
 
 def _grads_like(
