@@ -24,7 +24,7 @@ Projection = Callable[[Tensors], Tensor]
 def _shapes(images: int) -> list[Shape]:
     rows = images * stitching.TOKENS
     sizes = {"M": rows, "K": 384, "N": 1024, "r": 64}
-    shapes = [Shape("S→L", {**sizes, "groups": groups}) for groups in (1, 4, 12, 24)]
+    shapes = [Shape("S→L", {**sizes, "groups": groups}) for groups in (1, 4, 8, 12, 16, 24)]
     return [*shapes, stitching.call(K=8, N=8, r=4, groups=1)]
 
 
