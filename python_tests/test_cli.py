@@ -151,7 +151,7 @@ def test_a_backend_that_cannot_run_is_refused_before_any_work(
 def test_faults_of_ours_keep_their_traceback(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fault(*_: object) -> None:
+    def fault(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("snkernels.evaluation.evaluate", fault)

@@ -96,6 +96,8 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
   float* mean = static_cast<float*>(p.mean.data);
   float* rstd = static_cast<float*>(p.rstd.data);
+  const bool large = past_caches(M, N);
+  const Target sum_rows(p.sum, large), normed_rows(p.normed, large);
 #pragma omp parallel for num_threads(p.threads)
   for (int thread = 0; thread < p.threads; ++thread) {
     float *room_h = room + thread * 4 * N, *room_branch = room_h + N, *room_sum = room_branch + N,
@@ -104,8 +106,8 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
     for (int64_t row = thread * height; row < smaller(M, (thread + 1) * height); ++row) {
       const float* h = row_values(p.h, row, room_h);
       const float* branch = row_values(p.branch, row, room_branch);
-      float* sum = row_target(p.sum, row, room_sum);
-      float* normed = row_target(p.normed, row, room_normed);
+      float* sum = sum_rows.row(row, room_sum);
+      float* normed = normed_rows.row(row, room_normed);
       const float s = row_scale.at(row);
       Sum total;
       for_values(N, [&](auto v, int64_t j, int chain) {
@@ -116,16 +118,15 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
         // The next row comes while this one is worked on; past the last one nothing happens.
         __builtin_prefetch(h + j + N);
         __builtin_prefetch(branch + j + N);
-        __builtin_prefetch(sum + j + N, 1);
-        __builtin_prefetch(normed + j, 1);
       });
-      finish_row(p.sum, row, sum);
+      sum_rows.finish(row, sum);
       const RowStatistics statistics = row_statistics(sum, N, total.total(), p.eps);
       mean[row] = statistics.mean;
       rstd[row] = statistics.rstd;
       normalize_row(sum, N, statistics, norm_weight, norm_bias, normed);
-      finish_row(p.normed, row, normed);
+      normed_rows.finish(row, normed);
     }
+    stream_fence();
   }
   return Status::ok;
 }
@@ -145,12 +146,11 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
   const float* mean = static_cast<const float*>(p.mean.data);
   const float* rstd = static_cast<const float*>(p.rstd.data);
+  const bool large = past_caches(M, N);
+  const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
   const auto row_at = [&](int64_t row, float* own) {
     const auto values = [&](const View& view, int which) {
       return view ? row_values(view, row, own + which * N) : zeros;
-    };
-    const auto target = [&](const View& view, int which) {
-      return view ? row_target(view, row, own + which * N) : own + which * N;
     };
     // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
     const bool normed = bool(p.grad_normed);
@@ -159,15 +159,15 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
         values(p.grad_normed, 1),
         values(p.grad_sum, 2),
         p.grad_layer_scale ? values(p.branch, 3) : zeros,
-        target(p.grad_h, 4),
-        target(p.grad_branch, 5),
+        grad_h.row(row, own + 4 * N),
+        grad_branch.row(row, own + 5 * N),
         row_scale.at(row),
         normed ? RowStatistics{mean[row], rstd[row]} : RowStatistics{0, 0},
     };
   };
   const auto finish = [&](int64_t row, const BackwardRow& values) {
-    if (p.grad_h) finish_row(p.grad_h, row, values.grad_h);
-    if (p.grad_branch) finish_row(p.grad_branch, row, values.grad_branch);
+    grad_h.finish(row, values.grad_h);
+    grad_branch.finish(row, values.grad_branch);
   };
   const int64_t blocks = row_blocks(M), share = ceil_div(blocks, p.threads);
 #pragma omp parallel for num_threads(p.threads)
@@ -188,6 +188,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
           finish(row, rows[0]);
         }
       });
+    stream_fence();
   }
   write_block_sums(partial, M, 3 * N, 0, p.grad_norm_weight);
   write_block_sums(partial, M, 3 * N, N, p.grad_norm_bias);

@@ -30,13 +30,38 @@ inline const float* row_values(const View& view, int64_t row, float* room) {
   return room;
 }
 
-// Where to compute a row of an output: in place or in `room`, from where finish_row takes it.
-inline float* row_target(const View& view, int64_t row, float* room) {
-  return in_place(view) ? static_cast<float*>(view.data) + row * view.row_stride : room;
-}
-inline void finish_row(const View& view, int64_t row, float* values) {
-  if (!in_place(view)) write_row_rounding(view, row, values);
-}
+// Whether an output has left a core's own caches by the time the next op reads it.
+inline bool past_caches(int64_t rows, int64_t cols) { return rows * cols >= 1 << 18; }
+
+// An output whose rows are computed in place or elsewhere, and then written.
+class Target {
+ public:
+  Target(const View& view, bool large)
+      : view_(view), in_place_(in_place(view)), streams_(in_place_ && large && aligned(view)) {}
+
+  float* row(int64_t row, float* room) const {
+    return view_ && in_place_ && !streams_ ? at(row) : room;
+  }
+  void finish(int64_t row, float* values) const {
+    if (!view_) return;
+    if (streams_)
+      for (int64_t j = 0; j < view_.cols; j += VL) stream(at(row) + j, load(values + j));
+    else if (!in_place_)
+      write_row_rounding(view_, row, values);
+    else if (values != at(row))
+      std::memcpy(at(row), values, view_.cols * sizeof(float));
+  }
+
+ private:
+  static bool aligned(const View& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % sizeof(vec) == 0 && view.cols % VL == 0 &&
+           view.row_stride % VL == 0;
+  }
+  float* at(int64_t row) const { return static_cast<float*>(view_.data) + row * view_.row_stride; }
+
+  const View& view_;
+  bool in_place_, streams_;
+};
 
 // A vector or, for what is left of a row, one value.
 template <typename V>

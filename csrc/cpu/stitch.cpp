@@ -175,23 +175,25 @@ Status stitch_forward(const StitchForward& p) {
       [](const StitchGroup&) { return false; });
   if (!made) return Status::out_of_memory;
   const int64_t N = p.y.cols, highest = plan.highest();
-  // Rows that cannot be computed where they go are a cache line longer than needed: a power of two
-  // apart, all rows of a tile would fall into one set of the L1 cache.
-  const int64_t ldc = in_place(p.y) ? p.y.row_stride : N + 16;
+  // Rows of a band are a cache line longer than needed: a power of two apart, all rows of a tile
+  // would fall into one set of the L1 cache.
+  const int64_t ldc = N + 16;
+  const bool large = past_caches(p.y.rows, N);
+  const Target y_rows(p.y, large), normed_rows(p.normed, large);
   float* mean = static_cast<float*>(p.mean.data);
   float* rstd = static_cast<float*>(p.rstd.data);
   bool failed = false;
 #pragma omp parallel num_threads(p.threads)
   {
     static thread_local Scratch local;
-    const int64_t sizes[] = {plan.room(), highest * plan.stride(), highest * ldc, N, N, N, N};
+    const int64_t sizes[] = {plan.room(), highest * plan.stride(), highest * ldc, N, N, N};
     Parts parts(local, sizes);
     if (!parts) {
 #pragma omp atomic write
       failed = true;
     }
     float *room = parts.take(), *s = parts.take(), *band_y = parts.take(), *bias = parts.take();
-    float *norm_weight = parts.take(), *norm_bias = parts.take(), *room_normed = parts.take();
+    float *norm_weight = parts.take(), *norm_bias = parts.take();
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.packings.size(); ++i)
       if (parts) plan.pack(plan.packings[i], room);
@@ -201,7 +203,7 @@ Status stitch_forward(const StitchForward& p) {
       const Task& band = plan.bands[i];
       const StitchGroup& group = p.groups[band.group];
       const int64_t first = group.first + band.begin, rows = band.end - band.begin;
-      float* c = in_place(p.y) ? static_cast<float*>(p.y.data) + first * ldc : band_y;
+      float* c = band_y;
       if (!group.identity())
         project(plan.projection(band.group), rows_of(p.x, first, rows), plan.packed(band.group),
                 plan.projection(band.group).live() ? s : nullptr, c, ldc, room);
@@ -219,16 +221,17 @@ Status stitch_forward(const StitchForward& p) {
           total.add(value, chain);
         });
         // LN of the y that is returned, or the backward, which starts from it, would not fit.
-        finish_row(p.y, row, c);
+        y_rows.finish(row, c);
         if (!p.normed) continue;
         const RowStatistics statistics = row_statistics(c, N, total.total(), p.eps);
         mean[row] = statistics.mean;
         rstd[row] = statistics.rstd;
-        float* normed = row_target(p.normed, row, room_normed);
+        float* normed = normed_rows.row(row, c);
         normalize_row(c, N, statistics, norm_weight, norm_bias, normed);
-        finish_row(p.normed, row, normed);
+        normed_rows.finish(row, normed);
       }
     }
+    stream_fence();
     local.release_if_large();
   }
   plan.release_if_large();
@@ -291,7 +294,8 @@ Status stitch_backward(const StitchBackward& p) {
   const View dy = norm ? View{grad_y, DType::f32, M, N, N, 1} : p.grad_y;
   const float* mean = static_cast<const float*>(p.mean.data);
   const float* rstd = static_cast<const float*>(p.rstd.data);
-  const int64_t ldc = p.grad_x && in_place(p.grad_x) ? p.grad_x.row_stride : K + 16;
+  const int64_t ldc = K + 16;
+  const Target grad_x(p.grad_x, past_caches(M, K));
   bool failed = false;
 
   const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
@@ -363,9 +367,7 @@ Status stitch_backward(const StitchBackward& p) {
       const Intermediates& place = places[band.group];
       const int64_t first = group.first + band.begin, rows = band.end - band.begin;
       const View dy_rows = rows_of(dy, first, rows), x_rows = rows_of(p.x, first, rows);
-      float* c = nullptr;
-      if (p.grad_x)
-        c = in_place(p.grad_x) ? static_cast<float*>(p.grad_x.data) + first * ldc : band_x;
+      float* c = p.grad_x ? band_x : nullptr;
       if (group.identity()) {
         for (int64_t k = 0; c != nullptr && k < rows; ++k) read_row(dy_rows, k, c + k * ldc);
       } else {
@@ -380,8 +382,7 @@ Status stitch_backward(const StitchBackward& p) {
                         room + slices_size(rows, K));
         }
       }
-      for (int64_t k = 0; c != nullptr && k < rows; ++k)
-        finish_row(p.grad_x, first + k, c + k * ldc);
+      for (int64_t k = 0; c != nullptr && k < rows; ++k) grad_x.finish(first + k, c + k * ldc);
     }
 
     // dB = scaling · dyᵀ (x Aᵀ), dA = scaling · (dy B)ᵀ x, dW = dyᵀ x
@@ -417,6 +418,7 @@ Status stitch_backward(const StitchBackward& p) {
         write_block_sums(sums + places[i / 3].sums, group.last - group.first, width, i % 3 * N,
                          *vectors[i % 3]);
     }
+    stream_fence();
     local.release_if_large();
   }
   plan.release_if_large();

@@ -38,6 +38,19 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
 
+// Stores past the caches, to addresses that are multiples of a vector: memory that nobody reads
+// soon need not be read first, as an ordinary store does. Others see it after stream_fence.
+#if defined(SNK_ISA_avx512)
+inline void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream_fence() { _mm_sfence(); }
+#elif defined(SNK_ISA_avx2)
+inline void stream(float* p, vec v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream_fence() { _mm_sfence(); }
+#else
+inline void stream(float* p, vec v) { store(p, v); }
+inline void stream_fence() {}
+#endif
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

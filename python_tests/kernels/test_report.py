@@ -80,7 +80,8 @@ def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
         assert not report.faults(build)
         assert build.ctas_per_sm >= 1
     tiled = [b for b in builds if b.kernel in ("_project_kernel", "_outer_kernel")]
-    assert min(b.ctas_per_sm for b in tiled) >= (1 if arch == 80 else 2)
+    # Grouped kernels hold a tile of an fp32 W that they cast, which leaves room for one alone.
+    assert min(b.ctas_per_sm for b in tiled) >= (2 if (arch, dtype) == (90, "bf16") else 1)
 
 
 def test_a_floor_is_of_each_tensor_once_and_of_the_products() -> None:

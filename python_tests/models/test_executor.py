@@ -276,7 +276,7 @@ def test_the_mean_loss_of_several_routes_is_the_mean_of_their_losses(
         ({"routes": [0, -1]}, ValueError, r"must be in 0–2 or 4–4, got -1"),
         ({"routes": ["S"]}, TypeError, "routes must hold integer route ids, got str"),
         ({"routes": "every"}, ValueError, """routes must be "all" or route ids, got 'every'"""),
-        ({"routes": [0], "stitch": 0}, ValueError, "must not both be given"),
+        ({"routes": [0], "stitch": 0}, ValueError, "only one of stitch, routes and budget"),
         ({"max_rows": 2}, ValueError, "max_rows must be at least 3, got 2"),
         ({"routes": "all", "max_rows": 0}, ValueError, "max_rows must be at least 3, got 0"),
         ({"images": torch.zeros(0, 3, 8, 8)}, ValueError, "at least one image, got none"),

@@ -137,7 +137,15 @@ def test_sums_over_many_rows(op: Op, backend: str) -> None:
     """Bias gradients: one long chain of additions loses digits that torch's sum of sums keeps."""
     if backend == "triton" and DEVICE == "cpu":
         pytest.skip("many rows take minutes in Triton's interpreter; needs a GPU")
-    judge(op, make(op, Shape(25_000, 3, 5, 2), torch.float32))
+    judge(op, make(op, Shape(25_000, 3, 48, 2), torch.float32))
+
+
+def test_outputs_that_are_stored_past_the_caches(op: Op, backend: str) -> None:
+    """As the CPU's kernels do from 2¹⁸ values on, where rows are whole vectors, and only there."""
+    if not backend.startswith("cpu"):
+        pytest.skip("only the compiled CPU kernels do")
+    for shape in (Shape(260, 12, 1024, 2), Shape(260, 12, 1030, 2), Shape(260, 1024, 12, 2)):
+        judge(op, make(op, shape, torch.float32))
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16], ids=str)
