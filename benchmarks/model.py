@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import random
-import resource
 import shlex
 import subprocess
 import sys
@@ -364,11 +363,18 @@ def measure_memory(pair: str, batch: int, max_rows: int) -> None:
     with torch.inference_mode():
         for id in (0, 1):
             model(images[:1], stitch=id)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        before = pages * resource.getpagesize()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is that of building it all
+        before = _resident("VmRSS")
         model(images, routes="all", max_rows=max_rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"bytes": peak - before, "peak_rows": made.peak_rows}))
+    used = _resident("VmHWM") - before
+    print(json.dumps({"bytes": used, "peak_rows": made.peak_rows}))
+
+
+def _resident(what: str) -> int:
+    """Bytes of memory that this process has now (VmRSS), or had at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024
 
 
 def jobs(quick: bool) -> Iterator[Callable[[], Comparison | Memory]]:
