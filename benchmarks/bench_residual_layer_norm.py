@@ -19,7 +19,7 @@ def _shapes(images: int) -> list[Shape]:
         Shape(name, {"M": images * TOKENS, "N": N}, compiled=name in "SBL")
         for name, N in widths.items()
     ]
-    return [*shapes, call(N=8)]
+    return [*shapes, call(N=64)]
 
 
 def _make(shape: Shape) -> Tensors:

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
 GPU_BACKENDS = ("triton", "cuda")
 # Most wanted first: what runs out of time is at the end.
+SANITIZING = 110.0  # seconds for compute-sanitizer, whose tools run side by side
 RECORDED = ("stitch_layer_norm", "multi_stitch", "residual_layer_norm", "stitch")
 
 Outcome = Literal["passed", "failed", "timed out", "left out"]
@@ -256,11 +257,13 @@ def preparations() -> list[Stage]:
     return [Stage(f"compile for {op}", [*record, op], 170) for op in RECORDED]
 
 
-def recording(op: str, out: Path, struck: Sequence[str]) -> Stage:
-    """One op's cases, added to the record."""
+def recording(op: str, out: Path, struck: Sequence[str], seconds: float) -> Stage:
+    """One op's cases, added to the record, which may take 75 seconds at most."""
     record = [sys.executable, "-m", "benchmarks.record", "--ops", op, "--out", str(out), "--add"]
     record += ["--seconds", "0.4", "--limit", "50"]
-    return Stage(f"record of {op}", [*record, *(["--struck", *struck] if struck else [])], 75)
+    return Stage(
+        f"record of {op}", [*record, *(["--struck", *struck] if struck else [])], min(75.0, seconds)
+    )
 
 
 def sanitizers(sanitizer: str) -> list[Stage]:
@@ -272,7 +275,7 @@ def sanitizers(sanitizer: str) -> list[Stage]:
         Stage(
             f"compute-sanitizer {tool}",
             [sanitizer, "--tool", tool, "--error-exitcode", "9", *run],
-            110,
+            SANITIZING,
             environment,
         )
         for tool in TOOLS
@@ -330,8 +333,11 @@ def _run(run: Run, record: Path) -> None:
             run.leave_out(name, "the build did not pass")
         return
     run.together([*tests(), *preparations()])
-    for op, backends in struck(run).items():
-        run.alone(recording(op, record, backends))
+    todo = struck(run)
+    for i, (op, backends) in enumerate(todo.items()):
+        # Whatever the build and the tests took, the sanitizer keeps its time.
+        spare = run.left - (SANITIZING if sanitizer else 0.0)
+        run.alone(recording(op, record, backends, max(1.0, spare / (len(todo) - i))))
     if sanitizer is None:
         for tool in TOOLS:
             run.leave_out(f"compute-sanitizer {tool}", "it is not installed")

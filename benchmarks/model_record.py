@@ -163,7 +163,10 @@ def _memory(memory: list[Memory]) -> str:
         ]
         for one in memory
     ]
-    return _lines(rows)
+    return (
+        f"{_lines(rows)}\n\nWhat a pass adds to the model, at rank 0: of other ranks each stitch "
+        "also keeps its merged weight, and copies to tell whether that still holds."
+    )
 
 
 def _lines(rows: list[list[str]]) -> str:

@@ -21,23 +21,16 @@ import torch
 
 import snkernels
 from benchmarks import machine
+from benchmarks.model import make
 from benchmarks.schema import RESULTS
 from snkernels.routing.latency import Profile
 
 WITHIN = 0.1
-# Width, depth and heads of DeiT3's small, base and large model at 224² pixels.
-ANCHORS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}
-RANK = 64
 
 
 def pair(name: str) -> snkernels.StitchedViT:
     """The stitched model of a pair such as ``"S-L"``, with random weights, in eval mode."""
-    torch.manual_seed(0)
-    small, large = (
-        snkernels.PlainViT(embed_dim=width, depth=depth, num_heads=heads)
-        for width, depth, heads in map(ANCHORS.__getitem__, name.split("-"))
-    )
-    return snkernels.StitchedViT(small, large, RANK).eval()
+    return make(name.replace("-", ""))
 
 
 def within(profile: Profile) -> float:
@@ -153,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, profile in profiles.items()
         },
     }
-    out.parent.mkdir(exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     plot(profiles, out.with_suffix(".png"))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.record --out benchmarks/results/cpu-NAME.json
 
-Run it on a machine that does nothing else. For two ops on 2 cores it takes about 4 minutes, one or
-two of them in torch.compile the first time. The file is written after every case, so that what
+Run it on a machine that does nothing else. On 2 cores it takes some minutes, one or two of
+them in torch.compile the first time. The file is written after every case, so that what
 breaks later loses nothing.
 """
 

@@ -43,8 +43,11 @@ TARGETS = [
     Target("residual_layer_norm", "backward", ROOFLINE, 0.75),
     Target("residual_layer_norm", "forward", EAGER, 1),
     Target("residual_layer_norm", "forward+backward", EAGER, 1),
-    Target("multi_stitch", "forward", EAGER, 1.5, (("groups", 12),)),
-    Target("multi_stitch", "forward", "one stitch", 0.9, (("groups", 12),)),
+    *(
+        Target("multi_stitch", "forward", over, least, (("groups", groups),))
+        for groups in (8, 12, 16)
+        for over, least in ((EAGER, 1.5), ("one stitch", 0.9))
+    ),
 ]
 
 

@@ -61,10 +61,11 @@ def test_parts_add_up_to_every_route(
     ticking: Callable[[StitchedViT], StitchedViT], depths: tuple[int, int]
 ) -> None:
     model = ticking(pair(depths))
-    profile = snkernels.profile(model, [2, 1], check="all", rounds=2, seconds=0)
-    assert list(profile.parts) == [1, 2]
+    # Of 20 images some go through blocks after the others.
+    profile = snkernels.profile(model, [2, 1, 20], check="all", rounds=2, seconds=0)
+    assert list(profile.parts) == [1, 2, 20]
     assert [(c.batch_size, c.route) for c in profile.checks] == [
-        (size, route.id) for size in (1, 2) for route in model.routes
+        (size, route.id) for size in (1, 2, 20) for route in model.routes
     ]
     factors = (1, 7)
     for route in model.routes:
@@ -74,6 +75,7 @@ def test_parts_add_up_to_every_route(
         expected += sum(SWITCH * factors[stitch.direction] for stitch in route.stitches)
         assert profile.seconds(route, 1) == expected
         assert profile.seconds(route, 2) == 2 * expected
+        assert profile.seconds(route, 20) == 20 * expected
     assert all(check.predicted == check.measured for check in profile.checks)
     assert profile.error(1) == 0
 

@@ -22,9 +22,13 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (op, device type) -> (backend, the record that shows it); the backward goes with its op.
 PROVEN: dict[tuple[str, str], tuple[str, str]] = {
-    (op, "cpu"): ("cpu", "benchmarks/results/cpu-2026-11-23.md")
+    (op, "cpu"): ("cpu", "benchmarks/results/cpu-2026-11-25.md")
     for op in ("multi_stitch", "residual_layer_norm", "stitch", "stitch_layer_norm")
 }
+
+
+# What those records were made with; nothing is proven of another dtype.
+RECORDED_DTYPES = {"cpu": (torch.float32,)}
 
 
 @dataclass(frozen=True)
@@ -109,4 +113,7 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
     backend, record = PROVEN[family, device]
     if reason := obstacle(backend, device, dtype):
         return Choice("torch", f"{backend} would be faster, but {reason}")
+    if dtype not in RECORDED_DTYPES[device]:
+        name = str(dtype).removeprefix("torch.")
+        return Choice("torch", f"no record shows a faster kernel for {name} on {device} yet")
     return Choice(backend, f"faster than torch on {device} by {record}")

@@ -89,9 +89,9 @@ def _profile(options: argparse.Namespace) -> None:
     from snkernels.models.stitched import StitchedViT
     from snkernels.profiling import profile
 
-    _check_backend()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise _Stop("there is no GPU that torch can use here")
+    _check_backend(options.device)
     with _expected(ValueError, TypeError):
         model = StitchedViT.load(options.checkpoint).to(options.device)
         result = profile(model, options.batch_sizes)
@@ -100,7 +100,7 @@ def _profile(options: argparse.Namespace) -> None:
         result.save(options.out)
 
 
-def _check_backend() -> None:
+def _check_backend(device: str = "cpu") -> None:
     """Refuse a forced backend that cannot run here before any work is done."""
     import torch
 
@@ -110,7 +110,7 @@ def _check_backend() -> None:
 
     with _expected(RuntimeError):
         for op, offered in OFFERED.items():
-            choose(op, offered, "cpu", torch.float32)
+            choose(op, offered, device, torch.float32)
 
 
 def _ids(text: str) -> list[int]:

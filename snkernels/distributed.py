@@ -90,6 +90,8 @@ def average_gradients(model: nn.Module) -> None:
         *((torch.cat([g.flatten() for g in group]), group) for group in small.values()),
         *((gradient.contiguous(), [gradient]) for gradient in large),
     ]
+    if not packed:
+        return
     # Before the sum, which could overflow in half precision.
     torch._foreach_div_([flat for flat, _ in packed], collectives.world_size())
     for work in [dist.all_reduce(flat, async_op=True) for flat, _ in packed]:

@@ -188,6 +188,7 @@ def evaluate(
     routes: Literal["all"] | Iterable[int] = "all",
     *,
     resume: str | os.PathLike[str] | None = None,
+    max_rows: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measure routes on labelled images: top-1, top-5 and loss of each, and the Pareto front.
@@ -213,6 +214,7 @@ def evaluate(
             interrupted goes on from it, on any number of ranks, and one that was not gives its
             result at once. It knows weights, routes, precision, the order of the images where the
             loader tells it, and the labels of what it reads again; other pixels it cannot notice.
+        max_rows: See ``StitchedViT.forward``; it bounds the memory and changes no result.
         progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
 
     Raises:
@@ -248,7 +250,7 @@ def evaluate(
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
         share = Share(loader, order, model.small.num_classes, done, whole)
-        _measure_all(model, wanted, share, done, journal, progress)
+        _measure_all(model, wanted, max_rows, share, done, journal, progress)
         with collectives.agreed():
             if journal is not None and not whole:
                 journal.append([{"batches": len(done)}])
@@ -305,6 +307,7 @@ def _found(journal: Journal, routes: int) -> tuple[dict[int, Tally], bool]:
 def _measure_all(
     model: StitchedViT,
     wanted: Sequence[ModelRoute],
+    max_rows: int | None,
     share: Share,
     done: dict[int, Tally],
     journal: Journal | None,
@@ -319,7 +322,7 @@ def _measure_all(
         try:
             batch = next(batches, None)
             share.compare()
-            tally = None if batch is None else _measured(model, wanted, *batch)
+            tally = None if batch is None else _measured(model, wanted, max_rows, *batch)
         except Exception as error:
             failure = error
         fresh = [tally for tally in collectives.gather(tally) if tally is not None]
@@ -336,12 +339,17 @@ def _measure_all(
 
 
 def _measured(
-    model: StitchedViT, wanted: Sequence[ModelRoute], index: int, images: Tensor, labels: Tensor
+    model: StitchedViT,
+    wanted: Sequence[ModelRoute],
+    max_rows: int | None,
+    index: int,
+    images: Tensor,
+    labels: Tensor,
 ) -> Tally:
     like = next(model.parameters())
     known = digest([labels])
     images, labels = images.to(like.device, like.dtype), labels.to(like.device, torch.long)
-    logits = model(images, routes=[route.id for route in wanted])
+    logits = model(images, routes=[route.id for route in wanted], max_rows=max_rows)
     rates = torch.stack([_rate(each, labels) for each in logits]).tolist()
     for route, (_, _, loss) in zip(wanted, rates, strict=True):
         if not math.isfinite(loss):

@@ -17,6 +17,7 @@ import torch
 
 from snkernels.models.anchors import embed, finish
 from snkernels.models.blocks import entry_norm, run_block
+from snkernels.models.executor import slices
 from snkernels.models.setting import setting_of, shapes_of
 from snkernels.models.stitched import StitchedViT, eval_mode
 from snkernels.progress import progress_bar
@@ -161,12 +162,12 @@ class _Samples:
     def _walk(self, path: Route) -> dict[_Part, list[float]]:
         """Run a path as a call does, and time its parts on the way."""
         model: Any = self.model
-        parts: list[_Part] = []
+        parts: list[tuple[_Part, int]] = []  # and the block, which slices run one after another
         watch = _watch(self.images.device)
 
-        def lap(name: str, anchor: int) -> None:
+        def lap(name: str, anchor: int, block: int = 0) -> None:
             watch.lap()
-            parts.append((name, anchor))
+            parts.append(((name, anchor), block))
 
         # A call checks its images and looks its plan up before anything runs.
         anchor = path.segments[0].anchor
@@ -180,23 +181,32 @@ class _Samples:
         for segment, stitch in zip_longest(path.segments, path.stitches):
             anchor, blocks = segment.anchor, model.anchors[segment.anchor].blocks
             last = segment.stop - 1
-            for i in range(segment.start, segment.stop):
-                if i == last and stitch is None:
-                    finish(model.anchors[anchor], h, i, normed)
-                    lap("finish", anchor)
-                else:
-                    norm = entry_norm(blocks[i + 1]) if i < last else None
-                    h, normed = run_block(blocks[i], h, entry_norm(blocks[i]), normed, norm)
-                    lap("block" if i < last else "exit", anchor)
+            outs = []
+            for part, part_normed in slices(model.anchors[anchor], h, normed):
+                for i in range(segment.start, segment.stop):
+                    if i == last and stitch is None:
+                        finish(model.anchors[anchor], part, i, part_normed)
+                        lap("finish", anchor, i)
+                    else:
+                        norm = entry_norm(blocks[i + 1]) if i < last else None
+                        part, part_normed = run_block(
+                            blocks[i], part, entry_norm(blocks[i]), part_normed, norm
+                        )
+                        lap("block" if i < last else "exit", anchor, i)
+                outs.append(part)
             if stitch is not None:
+                h = outs[0] if len(outs) == 1 else torch.cat(outs)
                 layer = model.stitch_layers[anchor][stitch.index]
                 entered = model.anchors[1 - anchor].blocks
                 norm = entry_norm(entered[model.space.cuts[stitch.index][1 - anchor]])
                 h, normed = layer.forward_norm(h, norm) if norm else (layer(h), None)
-                lap("switch", anchor)
+                lap("switch", anchor, stitch.index)
+        totals: dict[tuple[_Part, int], float] = defaultdict(float)
+        for place, lap_seconds in zip(parts, watch.read(), strict=True):
+            totals[place] += lap_seconds
         seconds: dict[_Part, list[float]] = defaultdict(list)
-        for part, lap_seconds in zip(parts, watch.read(), strict=True):
-            seconds[part].append(lap_seconds)
+        for (name_and_anchor, _), total in totals.items():
+            seconds[name_and_anchor].append(total)
         return seconds
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snkernels.models.capture import uncached_autocast
 from snkernels.models.stitched import StitchedViT
 from snkernels.routing.space import LARGE
 
@@ -99,7 +100,7 @@ def _teacher(model: StitchedViT, images: Tensor, drawn: list[int], logits: Tenso
     """
     if LARGE in drawn:
         return logits[drawn.index(LARGE)]
-    with torch.no_grad():
+    with torch.no_grad(), uncached_autocast(images.device.type):
         return model(images, stitch=LARGE)
 
 

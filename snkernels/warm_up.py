@@ -109,7 +109,7 @@ def _run(model: StitchedViT, size: int, way: dict[str, Any], training: bool) -> 
         with torch.no_grad():
             model(images, **way)
         return
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         logits = model(images, **way)
         if logits.requires_grad:
             leaves = list(model.trainable_parameters())

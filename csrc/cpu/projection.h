@@ -15,7 +15,7 @@ struct Projection {
   int64_t terms() const { return weight.cols; }
   int64_t panels() const { return ceil_div(weight.rows, NR); }
   int64_t panel_size() const { return NR * weight.cols; }
-  int64_t rank() const { return down ? down.rows : 0; }
+  int64_t rank() const { return down.rows; }  // also where T = 0, so that there is no memory
   bool live() const { return rank() > 0 && !merged; }
 };
 

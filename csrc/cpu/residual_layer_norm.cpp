@@ -23,6 +23,11 @@ class RowScale {
   int64_t rows_;
 };
 
+// Threads for so much work: waking the others takes as long as some thousand values.
+inline int threads_for(int64_t rows, int64_t cols, int most) {
+  return rows * cols < 1 << 14 ? 1 : most;
+}
+
 // A row of the backward. What is absent is a row of zeros, what is not wanted goes to a row of
 // room, so that all rows are worked on alike.
 struct BackwardRow {
@@ -87,10 +92,11 @@ inline void backward_rows(const BackwardRow (&rows)[ROWS], int64_t n, const Back
 Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   static thread_local Scratch scale_scratch, weight_scratch, bias_scratch, rooms;
   const int64_t M = p.h.rows, N = p.h.cols;
+  const int threads = threads_for(M, N, p.threads);
   const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
   const float* norm_bias = vector_or(p.norm_bias, 0.0f, N, bias_scratch);
-  float* room = rooms.take(p.threads * 4 * N + 1);
+  float* room = rooms.take(threads * 4 * N + 1);
   if (layer_scale == nullptr || norm_weight == nullptr || norm_bias == nullptr || room == nullptr)
     return Status::out_of_memory;
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
@@ -98,11 +104,11 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   float* rstd = static_cast<float*>(p.rstd.data);
   const bool large = past_caches(M, N);
   const Target sum_rows(p.sum, large), normed_rows(p.normed, large);
-#pragma omp parallel for num_threads(p.threads)
-  for (int thread = 0; thread < p.threads; ++thread) {
+#pragma omp parallel for num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) {
     float *room_h = room + thread * 4 * N, *room_branch = room_h + N, *room_sum = room_branch + N,
           *room_normed = room_sum + N;
-    const int64_t height = ceil_div(M, p.threads);
+    const int64_t height = ceil_div(M, threads);
     for (int64_t row = thread * height; row < smaller(M, (thread + 1) * height); ++row) {
       const float* h = row_values(p.h, row, room_h);
       const float* branch = row_values(p.branch, row, room_branch);
@@ -135,11 +141,12 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   static thread_local Scratch scale_scratch, weight_scratch, zero_scratch, sums, rooms;
   constexpr int ROWS = 2, ROOMS = 6 * ROWS;
   const int64_t M = p.sum.rows, N = p.sum.cols;
+  const int threads = threads_for(M, N, p.threads);
   const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
   const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
   const float* zeros = vector_or(View(), 0.0f, N, zero_scratch);
   float* partial = sums.take(block_sums_size(M, 3 * N));
-  float* room = rooms.take(p.threads * ROOMS * N);
+  float* room = rooms.take(threads * ROOMS * N);
   if (layer_scale == nullptr || norm_weight == nullptr || zeros == nullptr || partial == nullptr ||
       room == nullptr)
     return Status::out_of_memory;
@@ -169,9 +176,9 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
     grad_h.finish(row, values.grad_h);
     grad_branch.finish(row, values.grad_branch);
   };
-  const int64_t blocks = row_blocks(M), share = ceil_div(blocks, p.threads);
-#pragma omp parallel for num_threads(p.threads)
-  for (int thread = 0; thread < p.threads; ++thread) {
+  const int64_t blocks = row_blocks(M), share = ceil_div(blocks, threads);
+#pragma omp parallel for num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) {
     float *own = room + thread * ROOMS * N, *next = own + ROOMS / 2 * N;
     for (int64_t block = thread * share; block < smaller(blocks, (thread + 1) * share); ++block)
       sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t row, int64_t end, float* to) {

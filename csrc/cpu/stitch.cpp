@@ -135,6 +135,8 @@ class Plan {
   }
 
   const Projection& projection(int64_t group) const { return entries_[group].projection; }
+  // Threads that are worth waking: one does a single band as fast.
+  int threads(int most) const { return bands.size() > 1 ? most : 1; }
   // Null where the weight is not packed beforehand.
   const float* packed(int64_t group) const {
     return entries_[group].packed < 0 ? nullptr : packed_ + entries_[group].packed;
@@ -183,7 +185,7 @@ Status stitch_forward(const StitchForward& p) {
   float* mean = static_cast<float*>(p.mean.data);
   float* rstd = static_cast<float*>(p.rstd.data);
   bool failed = false;
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(plan.threads(p.threads))
   {
     static thread_local Scratch local;
     const int64_t sizes[] = {plan.room(), highest * plan.stride(), highest * ldc, N, N, N};
@@ -306,7 +308,7 @@ Status stitch_backward(const StitchBackward& p) {
     return View{low_rank + begin, DType::f32, rows, stride, stride, 1};
   };
 
-#pragma omp parallel num_threads(p.threads)
+#pragma omp parallel num_threads(plan.threads(p.threads))
   {
     static thread_local Scratch local;
     const int64_t highest = plan.highest();
@@ -372,10 +374,11 @@ Status stitch_backward(const StitchBackward& p) {
         for (int64_t k = 0; c != nullptr && k < rows; ++k) read_row(dy_rows, k, c + k * ldc);
       } else {
         const Projection& projection = plan.projection(band.group);
-        float* s = projection.live() ? band_s : nullptr;
+        float* s = c != nullptr && projection.live() ? band_s : nullptr;
         const int64_t begin = band.begin * low_rank_stride(projection.rank());
         if (group.grad_lora_A) s = low_rank + place.dy_B + begin;
-        project(projection, dy_rows, plan.packed(band.group), s, c, ldc, room);
+        if (s != nullptr || c != nullptr)
+          project(projection, dy_rows, plan.packed(band.group), s, c, ldc, room);
         if (group.grad_lora_B) {
           pack_slices(x_rows, room);
           low_rank_rows(group.lora_A, group.scaling, rows, room, low_rank + place.x_A + begin,

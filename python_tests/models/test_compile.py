@@ -49,3 +49,21 @@ def test_no_route_compiles_anew(
         model(images, stitch=[ids[i % 2] for i in range(20)])
     assert counter.frame_count == compiled
     torch.compiler.reset()
+
+
+def test_all_routes_of_the_paper_compile_each_part_of_a_block_once(
+    make_vit: Callable[..., PlainViT], randomise: Callable[[nn.Module], None]
+) -> None:
+    model = StitchedViT(make_vit(depth=12), make_vit(depth=24, embed_dim=24), 2).eval()
+    randomise(model)
+    images = torch.randn(2, 3, 8, 8)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model.compile_blocks(backend=counter)
+    with torch.no_grad():
+        for route in model.routes:
+            model(images, stitch=route.id)
+    assert len(model.routes) == 134
+    # Attention and MLP of two shapes of block; what lies between them is not compiled.
+    assert counter.frame_count == 4
+    torch.compiler.reset()

@@ -118,6 +118,15 @@ def test_no_rows(op: Op, backend: str) -> None:
     assert results["output 0"].shape == (0, 40)
 
 
+def test_no_outputs_but_a_low_rank_part(stitch_op: Op, backend: str) -> None:
+    """Its intermediate has a size of its own, for which the width of the output says nothing."""
+    if DEVICE == "cpu" and backend == "triton":
+        pytest.skip("rows that fill the scratch memory take long in Triton's interpreter")
+    results = run(stitch_op.call, make(stitch_op, Shape(20_000, 8, 0, 40), torch.float32))
+    assert not results["grad of lora_A"].any()
+    assert not results["grad of x"].any()
+
+
 def test_rank_zero_tensors(stitch_op: Op, backend: str) -> None:
     op, tensors = stitch_op, make(stitch_op, Shape(20, 30, 40, 0), torch.float32)
     plain = op.call(tensors, 0.25)
@@ -311,9 +320,10 @@ def test_scaling_that_is_no_number(op: Op, scaling: float) -> None:
             op.call(make(op, MIDDLE, torch.float32), scaling)
 
 
-def test_eps_that_is_no_number(monkeypatch: pytest.MonkeyPatch, op: Op) -> None:
-    monkeypatch.setattr("cases.EPS", float("nan"))
+@pytest.mark.parametrize("eps", [float("nan"), -1e-6])
+def test_eps_that_is_no_number_for_it(monkeypatch: pytest.MonkeyPatch, op: Op, eps: float) -> None:
+    monkeypatch.setattr("cases.EPS", eps)
     tensors = make(op, MIDDLE, torch.float32)
     if "norm_weight" in tensors:
-        with pytest.raises(ValueError, match=r"eps must be a finite number.*nan"):
+        with pytest.raises(ValueError, match=rf"eps must be a finite number of at least 0.*{eps}"):
             op.call(tensors, 0.25)

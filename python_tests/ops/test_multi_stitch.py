@@ -112,6 +112,12 @@ def test_identity_groups(normalize: bool, backend: str) -> None:
     judge(sizes, normalize, make_groups(sizes, normalize, torch.float32, identity))
 
 
+def test_identity_groups_have_a_scaling_that_is_a_number() -> None:
+    group = StitchGroup(None, scaling=float("nan"))
+    with pytest.raises(ValueError, match=r"groups\[0\]: scaling must be a finite number"):
+        multi_stitch(torch.randn(3, 4), [0, 3], [group])
+
+
 def test_groups_of_other_ranks_dtypes_and_strides(normalize: bool, backend: str) -> None:
     sizes = [5, 8, 3, 9]
     tensors = make_groups(sizes, normalize, torch.float32)

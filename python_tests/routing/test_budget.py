@@ -61,6 +61,15 @@ def test_other_types_are_refused(value: Any) -> None:
         Budget.parse(value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "amount"),
+    [("euros", 5.0), ("share", 1.5), ("flops", 0.0), ("seconds", math.inf), ("flops", math.nan)],
+)
+def test_amounts_of_nothing_are_refused(kind: Any, amount: float) -> None:
+    with pytest.raises(ValueError, match=f"budget must be .*; got {amount} of '{kind}'"):
+        Budget(kind, amount)
+
+
 def test_amounts_have_a_unit_that_suits_them() -> None:
     texts = {
         "0.5 s": (0.0123, 2.0, 0.000047),

@@ -189,12 +189,23 @@ def multi_stitch_backward(
         _view("x", x, rows, width, "cpu"),
         groups,
         _view("y", y if normalized else None, rows, features, "cpu"),
-        _view("mean", mean if normalized else None, 1, rows, "cpu"),
-        _view("rstd", rstd if normalized else None, 1, rows, "cpu"),
+        _statistics("mean", mean if normalized else None, rows),
+        _statistics("rstd", rstd if normalized else None, rows),
         grad_x,
         torch.get_num_threads(),
     )
     return grads
+
+
+def _statistics(name: str, tensor: Tensor | None, rows: int) -> Any:
+    """The view of a statistic, which kernels read as it was written: fp32, one row's after another.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        raise TypeError(f"{name} must be float32 and contiguous, as the forward returned it")
+    return _view(name, tensor, 1, rows, "cpu")
 
 
 _TENSORS = 6  # of a group: weight, bias, lora_A, lora_B, norm_weight, norm_bias
@@ -317,8 +328,8 @@ def residual_layer_norm_backward(
         _view("grad_normed", grad_normed, rows, features, "cpu"),
         *_residual_views(branch, layer_scale, drop_path_scale),
         _view("sum", total, rows, features, "cpu"),
-        _view("mean", mean, 1, rows, "cpu"),
-        _view("rstd", rstd, 1, rows, "cpu"),
+        _statistics("mean", mean, rows),
+        _statistics("rstd", rstd, rows),
         _view("norm_weight", norm_weight, 1, features, "cpu"),
         *grad_views,
         torch.get_num_threads(),

@@ -15,6 +15,11 @@ from torch import Tensor
 
 MOST_KEPT = 256
 
+NOT_WARM = (
+    "a call to be captured in a graph must have run once before, with the very same parameters "
+    "and, where they are in CPU memory, group offsets"
+)
+
 
 @dataclass
 class _Kept:
@@ -27,6 +32,7 @@ class _Kept:
 _kept: OrderedDict[tuple[tuple[int, ...], torch.device], _Kept] = OrderedDict()
 
 
+@torch.inference_mode(False)  # a tensor made in inference could not be used in training
 def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An int64 tensor of ``values`` that must not be written to.
 
@@ -40,10 +46,7 @@ def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     kept = _kept.get((values, device))
     if kept is None:
         if capturing:
-            raise RuntimeError(
-                "a call to be captured in a graph must have run once before, with the very same "
-                "parameters and, where they are in CPU memory, group offsets"
-            )
+            raise RuntimeError(NOT_WARM)
         # Pinned memory goes back to its allocator, which waits for the copy before it is reused.
         host = torch.tensor(values, dtype=torch.int64, pin_memory=True)
         integers = host.to(device, non_blocking=True)

@@ -5,7 +5,8 @@ None of this has run on a GPU yet; on a CPU its logic is tested with a stand-in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,8 @@ class CapturedForward:
 
     A replay reads the parameters where they were when it was captured: what an optimizer step or
     ``load_state_dict`` writes into them is seen, and where one was moved or replaced the next call
-    raises.  Graphs of one model share their memory and must not be replayed on two streams at once.
+    raises.  A module that was replaced whole is not noticed.  Graphs of one model share their
+    memory and must not be replayed on two streams at once.
 
     Args:
         model: On a CUDA device.
@@ -38,7 +40,7 @@ class CapturedForward:
             for name, parameter in owner._parameters.items()
             if parameter is not None
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), uncached_autocast("cuda"):
             self._replay, self._logits = _record(lambda: model(self._images, **arguments), model)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -65,6 +67,21 @@ class CapturedForward:
             self._images.copy_(images)
             self._replay()
         return self._logits.clone()
+
+
+@contextmanager
+def uncached_autocast(device: str) -> Iterator[None]:
+    """Keep autocast as it is, but for its cache of weights that it has cast.
+
+    What is cast without gradients must not be taken for a cast with them later, and a graph must
+    cast anew at each replay, not read casts that are gone.
+    """
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype=dtype, cache_enabled=False):
+        yield
 
 
 def _record(call: Callable[[], Tensor], model: nn.Module) -> tuple[Callable[[], None], Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from snkernels.kernels.on_device import on_device
 from snkernels.layers import StitchingLayer
 from snkernels.models.anchors import Anchor, embed, finish, run_blocks
 from snkernels.models.blocks import entry_norm
@@ -45,11 +45,9 @@ def execute(
     return logits.index_select(0, _indices(plan.order, logits.device))
 
 
-@lru_cache(maxsize=512)
 def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return indices of a plan on a device, where a second run need not wait for a copy."""
-    with torch.inference_mode(False):  # a tensor of inference could not be used in training
-        return torch.tensor(values, device=device)
+    """Return indices of a plan on a device, where a graph that is captured may read them."""
+    return on_device(tuple(values), device)
 
 
 class _Tokens(NamedTuple):
@@ -58,18 +56,24 @@ class _Tokens(NamedTuple):
     h: Tensor
     normed: Tensor | None = None
 
-    def slices(self, vit: Anchor) -> list[_Tokens]:
-        """Return what can go through blocks one after another, all at once where it cannot.
 
-        A CPU's cache holds what lies between the GEMMs of a few images, and its allocator keeps
-        buffers of that size, where it would ask the system for larger ones each time anew.  In
-        training each branch draws its masks for all rows.
-        """
-        count = -(-len(self.h) // _SLICE)
-        if count == 1 or self.h.device.type != "cpu" or vit.training or torch.is_grad_enabled():
-            return [self]
-        normed = [None] * count if self.normed is None else self.normed.tensor_split(count)
-        return list(map(_Tokens, self.h.tensor_split(count), normed))
+def slices(vit: Anchor, h: Tensor, normed: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Cut tokens and their norm into what goes through blocks one after another.
+
+    All at once where nothing is gained.  A CPU's cache holds what lies between the GEMMs of a few
+    images, and its allocator keeps buffers of that size, where it would ask the system for larger
+    ones each time anew.  In training each branch draws its masks for all rows.
+
+    Args:
+        vit: The anchor whose blocks they are for.
+        h: The residual stream (B, N, width).
+        normed: Its norm, where that is known.
+    """
+    count = -(-len(h) // _SLICE)
+    if count == 1 or h.device.type != "cpu" or vit.training or torch.is_grad_enabled():
+        return [(h, normed)]
+    norms = [None] * count if normed is None else normed.tensor_split(count)
+    return list(zip(h.tensor_split(count), norms, strict=True))
 
 
 class _Run:
@@ -101,7 +105,7 @@ class _Run:
                 self.tokens[out] = _Tokens(embed(self.anchors[anchor], images))
             case Blocks(anchor, start, stop, value):
                 vit = self.anchors[anchor]
-                parts = self.tokens.pop(value).slices(vit)
+                parts = slices(vit, *self.tokens.pop(value))
                 if stop < len(vit.blocks):
                     outs = [run_blocks(vit, h, start, stop, normed) for h, normed in parts]
                     self.tokens[value] = _Tokens(_joined(outs))

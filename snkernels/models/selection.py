@@ -90,8 +90,8 @@ def choose(offers: Sequence[Offer], budget: Budget, batch_size: int | None) -> S
     if not fitting:
         cheapest = min(offers, key=lambda offer: offer.cost)
         raise ValueError(
-            f"budget must reach for a route, and {budget} reaches for none: the cheapest, route "
-            f"{cheapest.route.id} ({cheapest.route}), costs {budget.of(cheapest.cost)}"
+            f"budget must reach for a route, and {budget} reaches for none: the cheapest with a "
+            f"score, route {cheapest.route.id} ({cheapest.route}), costs {budget.of(cheapest.cost)}"
         )
     chosen = max(fitting, key=lambda offer: (offer.score, -offer.cost))
     better = [offer for offer in offers if offer.score > chosen.score]

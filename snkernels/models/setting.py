@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from snkernels.backends import forced_backend
 from snkernels.models.anchors import vit_shape
 from snkernels.routing.latency import Setting
 
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
 
 
 def setting_of(model: StitchedViT) -> Setting:
-    """Where the model is, and in which dtype."""
+    """Where the model is, in which dtype, and how it runs there."""
     like = next(model.parameters())
-    on_gpu = like.device.type == "cuda"
+    kind = like.device.type
+    on_gpu = kind == "cuda"
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return Setting(
         device=torch.cuda.get_device_name(like.device) if on_gpu else _processor(),
         threads=None if on_gpu else torch.get_num_threads(),
         dtype=str(like.dtype).removeprefix("torch."),
         torch=torch.__version__,
+        autocast=None if autocast is None else str(autocast).removeprefix("torch."),
+        backend=forced_backend(),
+        compiled=any(m._compiled_call_impl is not None for m in model.modules()),
     )
 
 

@@ -34,10 +34,11 @@ def check_stitch(
     check_number("scaling", scaling)
 
 
-def check_number(name: str, value: float) -> None:
-    """Raises unless ``value`` is a finite real number."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, but it is {value!r}")
+def check_number(name: str, value: float, least: float = -math.inf) -> None:
+    """Raises unless ``value`` is a finite real number of at least ``least``."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < least:
+        of_at_least = "" if least == -math.inf else f" of at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{of_at_least}, but it is {value!r}")
 
 
 def check_tensor(

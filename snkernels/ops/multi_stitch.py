@@ -88,14 +88,18 @@ def _check_rising(offsets: Sequence[int], rows: int) -> None:
         )
 
 
-def _checked(forward: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """For every backend: compiled code comes with offsets that nobody looked at."""
+def _checked(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
+    """For every backend: compiled code comes with offsets that nobody looked at.
 
-    @functools.wraps(forward)
-    def run(x: Tensor, group_offsets: Tensor, *rest: Any) -> Outputs:
+    x is argument number ``x_at``, and the offsets come after it.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        x, group_offsets = arguments[x_at : x_at + 2]
         if group_offsets.is_cpu:
             _check_rising(group_offsets.tolist(), x.shape[0])
-        return forward(x, group_offsets, *rest)
+        return function(*arguments)
 
     return run
 
@@ -257,11 +261,11 @@ _backward_op = register(
     " -> Tensor[]",
     fake=_fake_backward,
     implementations={
-        "torch": _torch_backward,
-        "cpu": native.multi_stitch_backward,
-        "triton": triton_kernel("multi_stitch", "multi_stitch_backward"),
+        "torch": _checked(_torch_backward, 2),
+        "cpu": _checked(native.multi_stitch_backward, 2),
+        "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_backward"), 2),
         # Only the forward is compiled so far; its residuals are those of the torch backend.
-        "cuda": _torch_backward,
+        "cuda": _checked(_torch_backward, 2),
     },
 )
 
@@ -328,11 +332,13 @@ def _multi_stitch(
                 check_stitch(x, group.weight, group.bias, group.lora_A, group.lora_B, group.scaling)
             elif any(tensor is not None for tensor in group[1:4]):
                 raise ValueError("weight must be given where bias, lora_A or lora_B is")
+            else:
+                check_number("scaling", group.scaling)
             check_tensor("norm_weight", group.norm_weight, x, (out_features,))
             check_tensor("norm_bias", group.norm_bias, x, (out_features,))
         except (TypeError, ValueError) as error:
             raise type(error)(f"groups[{i}]: {error}") from None
-    check_number("eps", eps)
+    check_number("eps", eps, 0.0)
     offsets, groups = _where_rows_are(group_offsets, x, groups)
     tensors: list[Tensor | None] = []
     for group in groups:

@@ -205,7 +205,7 @@ def residual_layer_norm(
     check_tensor("drop_path_scale", drop_path_scale, h, (h.shape[0],))
     check_tensor("norm_weight", norm_weight, h, (features,))
     check_tensor("norm_bias", norm_bias, h, (features,))
-    check_number("eps", eps)
+    check_number("eps", eps, 0.0)
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
     dtype = torch.promote_types(h.dtype, branch.dtype)

@@ -61,7 +61,7 @@ _forward_op = register(
         "triton": triton_kernel("stitch", "stitch_forward"),
     },
 )
-_backward_op = register(
+backward_op = register(
     "stitch_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A,"
     " Tensor? lora_B, float scaling, bool[] needs) -> Tensor[]",
     fake=_fake_backward,
@@ -92,7 +92,7 @@ class _Stitch(torch.autograd.Function):
     @differentiable_once("stitch")
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
-        grads = _backward_op(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
+        grads = backward_op(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
         return *spread(grads, needs), None
 
 

@@ -27,6 +27,7 @@ from snkernels.ops.library import (
     triton_kernel,
     without_autocast,
 )
+from snkernels.ops.stitch import backward_op as stitch_backward
 from snkernels.ops.stitch import empty_grads, spread
 
 
@@ -135,7 +136,7 @@ class _StitchLayerNorm(torch.autograd.Function):
             needs[5:] = False, False
             if grad_y is None:
                 return (None,) * 9
-            grads = torch.ops.snkernels.stitch_backward(grad_y, *operands, ctx.scaling, needs[:5])
+            grads = stitch_backward(grad_y, *operands, ctx.scaling, needs[:5])
         *stitch_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
         return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None
 
@@ -180,7 +181,7 @@ def stitch_layer_norm(
     check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
     check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
-    check_number("eps", eps)
+    check_number("eps", eps, 0.0)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
     rows = as_rows(autocast(x))

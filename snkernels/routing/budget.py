@@ -6,10 +6,12 @@ import math
 import numbers
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
+
+_Kind: TypeAlias = Literal["share", "flops", "seconds"]
 
 # Unit as written, in lower case: what it counts, and how much of that one is.
-_UNITS: dict[str, tuple[Literal["share", "flops", "seconds"], float]] = {
+_UNITS: dict[str, tuple[_Kind, float]] = {
     "%": ("share", 1e-2),
     **{
         prefix + suffix: ("flops", factor)
@@ -38,10 +40,22 @@ class Budget:
         kind: ``"share"`` of the large anchor's multiply-adds, ``"flops"`` (multiply-adds for one
             image), or ``"seconds"`` for one call.
         amount: Positive and finite; a share is at most 1.
+
+    Raises:
+        ValueError: It is not.
     """
 
-    kind: Literal["share", "flops", "seconds"]
+    kind: _Kind
     amount: float
+
+    def __post_init__(self) -> None:
+        most = 1.0 if self.kind == "share" else math.inf
+        fits = 0 < self.amount <= most and self.amount < math.inf
+        if self.kind not in get_args(_Kind) or not fits:
+            raise ValueError(
+                f"budget must be a positive, finite amount of {', '.join(get_args(_Kind))}, "
+                f"a share at most 1; got {self.amount!r} of {self.kind!r}"
+            )
 
     @classmethod
     def parse(cls, value: float | str | Budget) -> Budget:

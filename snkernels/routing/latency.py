@@ -85,16 +85,31 @@ class Setting:
         threads: Threads of torch on a CPU; None on a GPU.
         dtype: Of the parameters and images, such as ``"float32"``.
         torch: Version of torch.
+        autocast: Dtype of autocast, or None where it was off.
+        backend: The backend that was forced, or None.
+        compiled: Whether the blocks were compiled.
     """
 
     device: str
     threads: int | None
     dtype: str
     torch: str
+    autocast: str | None = None
+    backend: str | None = None
+    compiled: bool = False
 
     def __str__(self) -> str:
-        threads = () if self.threads is None else (f"threads: {self.threads}",)
-        return ", ".join((self.device, *threads, self.dtype, f"torch {self.torch}"))
+        facts = [self.device]
+        if self.threads is not None:
+            facts.append(f"threads: {self.threads}")
+        facts += [self.dtype, f"torch {self.torch}"]
+        if self.autocast is not None:
+            facts.append(f"autocast to {self.autocast}")
+        if self.backend is not None:
+            facts.append(f"backend {self.backend}")
+        if self.compiled:
+            facts.append("compiled blocks")
+        return ", ".join(facts)
 
 
 @dataclass(frozen=True)

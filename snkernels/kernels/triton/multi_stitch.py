@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snkernels.kernels.native import norm_outputs
-from snkernels.kernels.on_device import on_device
+from snkernels.kernels.on_device import NOT_WARM, on_device
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.launch import dot_precision, launch, strides
 from snkernels.kernels.triton.norms import affine, normalize, normalize_backward
@@ -669,7 +669,12 @@ def _constant(value: float, features: int, dtype: torch.dtype, device: torch.dev
     """Kept for good, as its address is in tables that are kept."""
     key = value, features, dtype, device
     if key not in _constants:
+        on_gpu = device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(NOT_WARM)  # it would be filled by replays alone
         _constants[key] = torch.full((features,), value, dtype=dtype, device=device)
+        if on_gpu:  # once for good: other streams will read it without an event
+            torch.cuda.current_stream(device).synchronize()
     return _constants[key]
 
 
