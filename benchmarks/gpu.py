@@ -151,6 +151,11 @@ class Run:
         return result
 
 
+def _hear_interrupts() -> None:
+    """A process that a shell started in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class _Job:
     """A stage under way, in a session of its own, so that all it started can be ended with it."""
@@ -174,6 +179,7 @@ class _Job:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_hear_interrupts,
             )
         try:
             yield cls(stage, log, min(stage.seconds, left), process, time.monotonic())
