@@ -1,5 +1,5 @@
 // sum = h + γ · s · branch and LN(sum), in one pass over memory, forward and backward.
-#include "cpu/rows.h"
+#include "cpu/norms.h"
 
 namespace snk::cpu::SNK_ISA {
 namespace {
@@ -28,62 +28,87 @@ inline int threads_for(int64_t rows, int64_t cols, int most) {
   return rows * cols < 1 << 14 ? 1 : most;
 }
 
-// A row of the backward. What is absent is a row of zeros, what is not wanted goes to a row of
-// room, so that all rows are worked on alike.
-struct BackwardRow {
-  const float *y, *grad_normed, *grad_sum, *branch;
-  float *grad_h, *grad_branch;
-  float scale;
-  RowStatistics statistics;
+// The vectors of an op, in fp32, and rows of zeros.
+struct Vectors {
+  const float *layer_scale, *norm_weight, *norm_bias, *zeros;
 };
 
-// The vectors of the backward: LN's weight and γ, and the sums that become their gradients.
-struct BackwardVectors {
-  const float *norm_weight, *layer_scale;
-  float *sum_weight, *sum_bias, *sum_scale;
-};
+constexpr int FORWARD_ROOM = 3, BACKWARD_ROOM = 6;  // rows of room for each of ROWS rows
 
-// The sums are read and written for every row that adds to them, so ROWS rows add at a time.
-template <int ROWS>
-inline void backward_rows(const BackwardRow (&rows)[ROWS], int64_t n, const BackwardVectors& to) {
-  float mean[ROWS], slope[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    const BackwardRow& row = rows[i];
-    Sum weighted, weighted_deviation;
-    for_values(n, [&](auto v, int64_t j, int chain) {
-      using V = decltype(v);
-      const V inner = get<V>(row.grad_normed + j) * get<V>(to.norm_weight + j);
-      put(row.grad_h + j, inner);  // rounded: of a single value the mean takes away all
-      weighted.add(inner, chain);
-      weighted_deviation.add(V(inner * (get<V>(row.y + j) - row.statistics.mean)), chain);
+void forward_rows(const ResidualLayerNormForward& p, const NormedOutput& out, const Vectors& vectors,
+                  int64_t first, int64_t last, float* room) {
+  const int64_t N = p.h.cols;
+  const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
+  const float* gamma = vectors.layer_scale;
+  for_rows(first, last, [&](int64_t row, auto count) {
+    constexpr int R = decltype(count)::value;
+    const float *h[R], *branch[R];
+    float *sum[R], scale[R];
+    each<R>([&](auto i) {
+      float* own = room + i * FORWARD_ROOM * N;
+      h[i] = row_values(p.h, row + i, own);
+      branch[i] = row_values(p.branch, row + i, own + N);
+      sum[i] = own + 2 * N;
+      scale[i] = row_scale.at(row + i);
     });
-    mean[i] = weighted.total() / n;
-    slope[i] = weighted_deviation.total() * row.statistics.rstd / n;
-  }
-  for_values(n, [&](auto v, int64_t j, int) {
-    using V = decltype(v);
-    const V gamma = get<V>(to.layer_scale + j);
-    V sum_weight = get<V>(to.sum_weight + j), sum_bias = get<V>(to.sum_bias + j),
-      sum_scale = get<V>(to.sum_scale + j);
-#pragma GCC unroll 2
-    for (int i = 0; i < ROWS; ++i) {
-      const BackwardRow& row = rows[i];
-      const float rstd = row.statistics.rstd;
-      const V upper = get<V>(row.grad_normed + j);
-      const V normalized = (get<V>(row.y + j) - row.statistics.mean) * rstd;
-      // The gradient of h is that of the sum, so it is where the parts meet.
-      const V through_norm = rstd * (get<V>(row.grad_h + j) - mean[i] - normalized * slope[i]);
-      const V total = through_norm + get<V>(row.grad_sum + j);
-      const V scaled = row.scale * total;
-      sum_weight += upper * normalized;
-      sum_bias += upper;
-      sum_scale += scaled * get<V>(row.branch + j);
-      put(row.grad_h + j, total);
-      put(row.grad_branch + j, V(scaled * gamma));
-    }
-    put(to.sum_weight + j, sum_weight);
-    put(to.sum_bias + j, sum_bias);
-    put(to.sum_scale + j, sum_scale);
+    out.write<R>(row, N, vectors.norm_weight, vectors.norm_bias, sum,
+                 [&](auto v, auto i, int64_t j) {
+                   using V = decltype(v);
+                   // The next rows come meanwhile; past the last one nothing happens.
+                   __builtin_prefetch(h[i] + j + R * N);
+                   __builtin_prefetch(branch[i] + j + R * N);
+                   return get<V>(h[i] + j) + scale[i] * get<V>(gamma + j) * get<V>(branch[i] + j);
+                 });
+  });
+}
+
+void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
+                   const Target& grad_branch, const Vectors& vectors, int64_t first, int64_t last,
+                   float* sums, float* room) {
+  const int64_t N = p.sum.cols;
+  const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
+  const float *gamma = vectors.layer_scale, *mean = static_cast<const float*>(p.mean.data),
+              *rstd = static_cast<const float*>(p.rstd.data);
+  float *sum_weight = sums, *sum_bias = sums + N, *sum_scale = sums + 2 * N;
+  // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
+  const bool normed = bool(p.grad_normed);
+  for_rows(first, last, [&](int64_t row, auto count) {
+    constexpr int R = decltype(count)::value;
+    NormedRow rows[R];
+    const float* branch[R];
+    float *near_h[R], *near_branch[R], *far_h[R], *far_branch[R], scale[R];
+    each<R>([&](auto i) {
+      float* own = room + i * BACKWARD_ROOM * N;
+      const auto values = [&](bool wanted, const View& view, int which) {
+        return wanted && view ? row_values(view, row + i, own + which * N) : vectors.zeros;
+      };
+      near_h[i] = grad_h.near(row + i, own + 4 * N);
+      far_h[i] = grad_h.far(row + i);
+      near_branch[i] = grad_branch.near(row + i, own + 5 * N);
+      far_branch[i] = grad_branch.far(row + i);
+      scale[i] = row_scale.at(row + i);
+      branch[i] = values(bool(p.grad_layer_scale), p.branch, 3);
+      rows[i] = {values(normed, p.sum, 0), values(true, p.grad_normed, 1),
+                 values(true, p.grad_sum, 2), branch[i], near_h[i],
+                 normed ? RowStatistics{mean[row + i], rstd[row + i]} : RowStatistics{0, 0}};
+    });
+    // The gradient of h is that of the sum.
+    normalize_backward(rows, N, vectors.norm_weight, sum_weight, sum_bias,
+                       [&](auto v, const auto& total, int64_t j) {
+                         using V = decltype(v);
+                         V to_scale = get<V>(sum_scale + j);
+                         each<R>([&](auto i) {
+                           const V scaled = scale[i] * total[i];
+                           to_scale += scaled * get<V>(branch[i] + j);
+                           put_last(near_h[i], far_h[i], j, total[i]);
+                           put_last(near_branch[i], far_branch[i], j, V(scaled * get<V>(gamma + j)));
+                         });
+                         put(sum_scale + j, to_scale);
+                       });
+    each<R>([&](auto i) {
+      grad_h.round(row + i, near_h[i]);
+      grad_branch.round(row + i, near_branch[i]);
+    });
   });
 }
 
@@ -93,45 +118,21 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   static thread_local Scratch scale_scratch, weight_scratch, bias_scratch, rooms;
   const int64_t M = p.h.rows, N = p.h.cols;
   const int threads = threads_for(M, N, p.threads);
-  const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
-  const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
-  const float* norm_bias = vector_or(p.norm_bias, 0.0f, N, bias_scratch);
-  float* room = rooms.take(threads * 4 * N + 1);
-  if (layer_scale == nullptr || norm_weight == nullptr || norm_bias == nullptr || room == nullptr)
+  const Vectors vectors{vector_or(p.layer_scale, 1.0f, N, scale_scratch),
+                        vector_or(p.norm_weight, 1.0f, N, weight_scratch),
+                        vector_or(p.norm_bias, 0.0f, N, bias_scratch), nullptr};
+  const int64_t room = FORWARD_ROOM * ROWS * N, height = ceil_div(M, threads);
+  float* rooms_of_threads = rooms.take(threads * room);
+  if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
+      vectors.norm_bias == nullptr || rooms_of_threads == nullptr)
     return Status::out_of_memory;
-  const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
-  float* mean = static_cast<float*>(p.mean.data);
-  float* rstd = static_cast<float*>(p.rstd.data);
   const bool large = past_caches(M, N);
-  const Target sum_rows(p.sum, large), normed_rows(p.normed, large);
+  const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
+                         static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
 #pragma omp parallel for num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
-    float *room_h = room + thread * 4 * N, *room_branch = room_h + N, *room_sum = room_branch + N,
-          *room_normed = room_sum + N;
-    const int64_t height = ceil_div(M, threads);
-    for (int64_t row = thread * height; row < smaller(M, (thread + 1) * height); ++row) {
-      const float* h = row_values(p.h, row, room_h);
-      const float* branch = row_values(p.branch, row, room_branch);
-      float* sum = sum_rows.row(row, room_sum);
-      float* normed = normed_rows.row(row, room_normed);
-      const float s = row_scale.at(row);
-      Sum total;
-      for_values(N, [&](auto v, int64_t j, int chain) {
-        using V = decltype(v);
-        const V value = get<V>(h + j) + s * get<V>(layer_scale + j) * get<V>(branch + j);
-        put(sum + j, value);
-        total.add(value, chain);
-        // The next row comes while this one is worked on; past the last one nothing happens.
-        __builtin_prefetch(h + j + N);
-        __builtin_prefetch(branch + j + N);
-      });
-      sum_rows.finish(row, sum);
-      const RowStatistics statistics = row_statistics(sum, N, total.total(), p.eps);
-      mean[row] = statistics.mean;
-      rstd[row] = statistics.rstd;
-      normalize_row(sum, N, statistics, norm_weight, norm_bias, normed);
-      normed_rows.finish(row, normed);
-    }
+    forward_rows(p, out, vectors, thread * height, smaller(M, (thread + 1) * height),
+                 rooms_of_threads + thread * room);
     stream_fence();
   }
   return Status::ok;
@@ -139,67 +140,38 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
 
 Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   static thread_local Scratch scale_scratch, weight_scratch, zero_scratch, sums, rooms;
-  constexpr int ROWS = 2, ROOMS = 6 * ROWS;
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const int threads = threads_for(M, N, p.threads);
-  const float* layer_scale = vector_or(p.layer_scale, 1.0f, N, scale_scratch);
-  const float* norm_weight = vector_or(p.norm_weight, 1.0f, N, weight_scratch);
-  const float* zeros = vector_or(View(), 0.0f, N, zero_scratch);
+  const Vectors vectors{vector_or(p.layer_scale, 1.0f, N, scale_scratch),
+                        vector_or(p.norm_weight, 1.0f, N, weight_scratch), nullptr,
+                        vector_or(View(), 0.0f, N, zero_scratch)};
+  const int64_t room = BACKWARD_ROOM * ROWS * N;
   float* partial = sums.take(block_sums_size(M, 3 * N));
-  float* room = rooms.take(threads * ROOMS * N);
-  if (layer_scale == nullptr || norm_weight == nullptr || zeros == nullptr || partial == nullptr ||
-      room == nullptr)
+  float* rooms_of_threads = rooms.take(threads * room);
+  if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
+      vectors.zeros == nullptr || partial == nullptr || rooms_of_threads == nullptr)
     return Status::out_of_memory;
-  const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
-  const float* mean = static_cast<const float*>(p.mean.data);
-  const float* rstd = static_cast<const float*>(p.rstd.data);
   const bool large = past_caches(M, N);
   const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
-  const auto row_at = [&](int64_t row, float* own) {
-    const auto values = [&](const View& view, int which) {
-      return view ? row_values(view, row, own + which * N) : zeros;
-    };
-    // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
-    const bool normed = bool(p.grad_normed);
-    return BackwardRow{
-        normed ? values(p.sum, 0) : zeros,
-        values(p.grad_normed, 1),
-        values(p.grad_sum, 2),
-        p.grad_layer_scale ? values(p.branch, 3) : zeros,
-        grad_h.row(row, own + 4 * N),
-        grad_branch.row(row, own + 5 * N),
-        row_scale.at(row),
-        normed ? RowStatistics{mean[row], rstd[row]} : RowStatistics{0, 0},
-    };
-  };
-  const auto finish = [&](int64_t row, const BackwardRow& values) {
-    grad_h.finish(row, values.grad_h);
-    grad_branch.finish(row, values.grad_branch);
-  };
   const int64_t blocks = row_blocks(M), share = ceil_div(blocks, threads);
-#pragma omp parallel for num_threads(threads)
-  for (int thread = 0; thread < threads; ++thread) {
-    float *own = room + thread * ROOMS * N, *next = own + ROOMS / 2 * N;
-    for (int64_t block = thread * share; block < smaller(blocks, (thread + 1) * share); ++block)
-      sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t row, int64_t end, float* to) {
-        const BackwardVectors vectors{norm_weight, layer_scale, to, to + N, to + 2 * N};
-        for (; row + ROWS <= end; row += ROWS) {
-          const BackwardRow rows[ROWS] = {row_at(row, own), row_at(row + 1, next)};
-          backward_rows(rows, N, vectors);
-          finish(row, rows[0]);
-          finish(row + 1, rows[1]);
-        }
-        if (row < end) {
-          const BackwardRow rows[1] = {row_at(row, own)};
-          backward_rows(rows, N, vectors);
-          finish(row, rows[0]);
-        }
-      });
-    stream_fence();
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int thread = 0; thread < threads; ++thread) {
+      for (int64_t block = thread * share; block < smaller(blocks, (thread + 1) * share); ++block)
+        sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t first, int64_t last, float* sums) {
+          backward_rows(p, grad_h, grad_branch, vectors, first, last, sums,
+                        rooms_of_threads + thread * room);
+        });
+      stream_fence();
+    }
+#pragma omp for
+    for (int thread = 0; thread < threads; ++thread) {
+      write_block_sums(partial, M, 3 * N, 0, p.grad_norm_weight, thread, threads);
+      write_block_sums(partial, M, 3 * N, N, p.grad_norm_bias, thread, threads);
+      write_block_sums(partial, M, 3 * N, 2 * N, p.grad_layer_scale, thread, threads);
+    }
   }
-  write_block_sums(partial, M, 3 * N, 0, p.grad_norm_weight);
-  write_block_sums(partial, M, 3 * N, N, p.grad_norm_bias);
-  write_block_sums(partial, M, 3 * N, 2 * N, p.grad_layer_scale);
   return Status::ok;
 }
 

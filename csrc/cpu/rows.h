@@ -33,23 +33,32 @@ inline const float* row_values(const View& view, int64_t row, float* room) {
 // Whether an output has left a core's own caches by the time the next op reads it.
 inline bool past_caches(int64_t rows, int64_t cols) { return rows * cols >= 1 << 18; }
 
-// An output whose rows are computed in place or elsewhere, and then written.
+// An output whose rows are computed in their place or, if they are to be rounded or to go past the
+// caches, elsewhere.
 class Target {
  public:
   Target(const View& view, bool large)
       : view_(view), in_place_(in_place(view)), streams_(in_place_ && large && aligned(view)) {}
 
-  float* row(int64_t row, float* room) const {
+  explicit operator bool() const { return bool(view_); }
+  // Where the values of a row are kept while it is worked on: in their place, or in `room`.
+  float* near(int64_t row, float* room) const {
     return view_ && in_place_ && !streams_ ? at(row) : room;
   }
-  void finish(int64_t row, float* values) const {
-    if (!view_) return;
+  // Where each is to be streamed once it is known, or null.
+  float* far(int64_t row) const { return view_ && streams_ ? at(row) : nullptr; }
+  // Ends a row that was worked on there. What is kept of it becomes what was written, rounded.
+  void round(int64_t row, float* values) const {
+    if (view_ && !in_place_) write_row_rounding(view_, row, values);
+  }
+  // Writes a row that was made elsewhere.
+  void write(int64_t row, float* values) const {
     if (streams_)
       for (int64_t j = 0; j < view_.cols; j += VL) stream(at(row) + j, load(values + j));
-    else if (!in_place_)
-      write_row_rounding(view_, row, values);
-    else if (values != at(row))
+    else if (in_place_)
       std::memcpy(at(row), values, view_.cols * sizeof(float));
+    else
+      write_row_rounding(view_, row, values);
   }
 
  private:
@@ -66,111 +75,71 @@ class Target {
 // A vector or, for what is left of a row, one value.
 template <typename V>
 inline V get(const float* p) {
-  V v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
+  if constexpr (std::is_same_v<V, vec>)
+    return load(p);
+  else
+    return *p;
 }
+inline void put(float* p, vec v) { store(p, v); }
+inline void put(float* p, float v) { *p = v; }
+
+// A value that is not looked at again: past the caches where that is not null, or else near.
 template <typename V>
-inline void put(float* p, V v) {
-  std::memcpy(p, &v, sizeof(v));
+inline void put_last(float* near, float* far, int64_t j, V v) {
+  if constexpr (std::is_same_v<V, vec>)
+    if (far != nullptr) return stream(far + j, v);
+  put(near + j, v);
 }
 
-constexpr int CHAINS = 4;  // sums in flight, as an addition takes four cycles
+constexpr int CHAINS = 2;  // sums of a row in flight, beside those of the row that goes with it
 
 // body(V(), j, chain) for the values from j on of a row of n, where V is vec or float.
 template <typename Body>
 inline void for_values(int64_t n, Body body) {
+  constexpr std::integral_constant<int, 0> first;
   int64_t j = 0;
   for (; j + CHAINS * VL <= n; j += CHAINS * VL)
-#pragma GCC unroll 4
-    for (int chain = 0; chain < CHAINS; ++chain) body(vec(), j + chain * VL, chain);
-  for (; j + VL <= n; j += VL) body(vec(), j, 0);
-  for (; j < n; ++j) body(0.0f, j, 0);
+    each<CHAINS>([&](auto chain) { body(vec(), j + chain * VL, chain); });
+  for (; j + VL <= n; j += VL) body(vec(), j, first);
+  for (; j < n; ++j) body(0.0f, j, first);
 }
 
 // A sum of what for_values hands out.
 class Sum {
  public:
-  void add(vec v, int chain) { lanes_[chain] += v; }
-  void add(float v, int) { rest_ += v; }
+  template <typename Chain>
+  void add(vec v, Chain) {
+    lanes_[Chain::value] += v;
+  }
+  template <typename Chain>
+  void add(float v, Chain) {
+    rest_ += v;
+  }
   float total() const {
-    const vec v = (lanes_[0] + lanes_[1]) + (lanes_[2] + lanes_[3]);
-    // In halves: one lane after another takes as long as half a row of 384.
-    float lanes[VL];
-    std::memcpy(lanes, &v, sizeof(v));
-    for (int half = VL / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return rest_ + lanes[0];
+    vec v = lanes_[0] + lanes_[1];
+    fold<VL / 2>(v);
+    return rest_ + v[0];
   }
 
  private:
+  // Adds halves, then halves of those: one lane after another takes as long as half a row of 384.
+  template <int HALF>
+  static void fold(vec& v) {
+    typedef int lanes __attribute__((vector_size(VL * sizeof(int))));
+    lanes other;
+    for (int i = 0; i < VL; ++i) other[i] = i ^ HALF;
+    v += __builtin_shuffle(v, other);
+    if constexpr (HALF > 1) fold<HALF / 2>(v);
+  }
+
   vec lanes_[CHAINS] = {};
   float rest_ = 0;
 };
 
-inline float sum_of(const float* y, int64_t n) {
-  Sum sum;
-  for_values(n, [&](auto v, int64_t j, int chain) { sum.add(get<decltype(v)>(y + j), chain); });
-  return sum.total();
-}
-
-struct RowStatistics {
-  float mean, rstd;
-};
-
-// Statistics of a row whose values sum to about `total`, in a second pass over it: E[x²] − E[x]²
-// would lose everything when the mean is large. The first mean is off by the rounding of a sum n
-// times as large as a value; what is left about it is small, and corrects mean and variance.
-inline RowStatistics row_statistics(const float* y, int64_t n, float total, float eps) {
-  const float guess = total / n;
-  Sum deviations, squares;
-  for_values(n, [&](auto v, int64_t j, int chain) {
-    const auto d = get<decltype(v)>(y + j) - guess;
-    deviations.add(d, chain);
-    squares.add(d * d, chain);
-  });
-  const float off = deviations.total() / n;
-  const float variance = squares.total() / n - off * off;
-  return {guess + off, 1.0f / __builtin_sqrtf((variance > 0 ? variance : 0) + eps)};
-}
-
-// out = LN(y); out may be y.
-inline void normalize_row(const float* y, int64_t n, RowStatistics s, const float* weight,
-                          const float* bias, float* out) {
-  for_values(n, [&](auto v, int64_t j, int) {
-    using V = decltype(v);
-    put(out + j, V((get<V>(y + j) - s.mean) * s.rstd * get<V>(weight + j) + get<V>(bias + j)));
-  });
-}
-
-// Given y and the gradient g of LN(y): `grad` becomes the gradient of y by way of LN. Adds to the
-// sums that become the gradients of LN's weight and bias.
-inline void normalize_row_backward(const float* y, const float* g, int64_t n, RowStatistics s,
-                                   const float* weight, float* grad, float* sum_weight,
-                                   float* sum_bias) {
-  Sum weighted, weighted_normalized;
-  for_values(n, [&](auto v, int64_t j, int chain) {
-    using V = decltype(v);
-    const V upper = get<V>(g + j), normalized = (get<V>(y + j) - s.mean) * s.rstd;
-    const V inner = upper * get<V>(weight + j);
-    put(sum_weight + j, V(get<V>(sum_weight + j) + upper * normalized));
-    put(sum_bias + j, V(get<V>(sum_bias + j) + upper));
-    put(grad + j, inner);
-    weighted.add(inner, chain);
-    weighted_normalized.add(V(inner * normalized), chain);
-  });
-  const float mean = weighted.total() / n, slope = weighted_normalized.total() / n;
-  for_values(n, [&](auto v, int64_t j, int) {
-    using V = decltype(v);
-    const V normalized = (get<V>(y + j) - s.mean) * s.rstd;
-    put(grad + j, V(s.rstd * (get<V>(grad + j) - mean - normalized * slope)));
-  });
-}
-
 // The sums over rows that become the gradients of vectors. Rows are cut into blocks whose number
 // does not depend on the threads; a few rows at a time are summed in fp32, and such sums in fp64, so
 // that the error does not grow with the number of rows.
-constexpr int64_t ROW_BLOCKS = 64, ROWS_AT_ONCE = 16;
+constexpr int64_t ROW_BLOCKS = 32, ROWS_AT_ONCE = 16;
 
 inline int64_t row_blocks(int64_t rows) {
   return smaller(ROW_BLOCKS, ceil_div(rows, ROWS_AT_ONCE));
@@ -200,31 +169,13 @@ inline void sum_rows_of_block(int64_t block, int64_t rows, int64_t width, float*
   }
 }
 
-// row(index, sums) for the rows of a block, in order.
-template <typename Row>
-inline void sum_row_block(int64_t block, int64_t rows, int64_t width, float* partial, Row row) {
-  sum_rows_of_block(block, rows, width, partial, [&](int64_t index, int64_t end, float* sums) {
-    for (; index < end; ++index) row(index, sums);
-  });
-}
-
-// row(index, block, sums) for all rows, the blocks shared by the threads. `partial` holds
-// block_sums_size(rows, width) floats.
-template <typename Row>
-inline void for_row_blocks(int64_t rows, int64_t width, int threads, float* partial, Row row) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t block = 0; block < row_blocks(rows); ++block)
-    sum_row_block(block, rows, width, partial,
-                  [&](int64_t index, float* sums) { row(index, block, sums); });
-}
-
 // Writes what the blocks sum to, from value `first` of `width` on, to the vector `out`, if it is
-// wanted.
+// wanted; or one of `parts` of that.
 inline void write_block_sums(float* partial, int64_t rows, int64_t width, int64_t first,
-                             const View& out) {
+                             const View& out, int part = 0, int parts = 1) {
   if (!out) return;
   constexpr int64_t AT_ONCE = 64;
-  for (int64_t j = 0; j < out.cols; j += AT_ONCE) {
+  for (int64_t j = part * AT_ONCE; j < out.cols; j += parts * AT_ONCE) {
     const int64_t count = smaller(AT_ONCE, out.cols - j);
     double total[AT_ONCE] = {};
     for (int64_t block = 0; block < row_blocks(rows); ++block) {

@@ -1,5 +1,6 @@
 // y = x Wᵀ + b + scaling · (x Aᵀ) Bᵀ and LN(y), forward and backward, for rows in groups with a
 // stitch each. One stitch is one group.
+#include "cpu/norms.h"
 #include "cpu/projection.h"
 
 namespace snk::cpu::SNK_ISA {
@@ -181,9 +182,8 @@ Status stitch_forward(const StitchForward& p) {
   // would fall into one set of the L1 cache.
   const int64_t ldc = N + 16;
   const bool large = past_caches(p.y.rows, N);
-  const Target y_rows(p.y, large), normed_rows(p.normed, large);
-  float* mean = static_cast<float*>(p.mean.data);
-  float* rstd = static_cast<float*>(p.rstd.data);
+  const NormedOutput out{Target(p.y, large), Target(p.normed, large),
+                         static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
   bool failed = false;
 #pragma omp parallel num_threads(plan.threads(p.threads))
   {
@@ -214,24 +214,15 @@ Status stitch_forward(const StitchForward& p) {
       read_or(group.bias, 0.0f, N, bias);
       read_or(group.norm_weight, 1.0f, N, norm_weight);
       read_or(group.norm_bias, 0.0f, N, norm_bias);
-      for (int64_t row = first; row < first + rows; ++row, c += ldc) {
-        Sum total;
-        for_values(N, [&](auto v, int64_t j, int chain) {
+      for_rows(first, first + rows, [&](int64_t row, auto count) {
+        constexpr int R = decltype(count)::value;
+        float* own[R];
+        for (int i = 0; i < R; ++i) own[i] = c + (row - first + i) * ldc;
+        out.write<R>(row, N, norm_weight, norm_bias, own, [&](auto v, auto i, int64_t j) {
           using V = decltype(v);
-          const V value = get<V>(c + j) + get<V>(bias + j);
-          put(c + j, value);
-          total.add(value, chain);
+          return V(get<V>(own[i] + j) + get<V>(bias + j));
         });
-        // LN of the y that is returned, or the backward, which starts from it, would not fit.
-        y_rows.finish(row, c);
-        if (!p.normed) continue;
-        const RowStatistics statistics = row_statistics(c, N, total.total(), p.eps);
-        mean[row] = statistics.mean;
-        rstd[row] = statistics.rstd;
-        float* normed = normed_rows.row(row, c);
-        normalize_row(c, N, statistics, norm_weight, norm_bias, normed);
-        normed_rows.finish(row, normed);
-      }
+      });
     }
     stream_fence();
     local.release_if_large();
@@ -315,14 +306,15 @@ Status stitch_backward(const StitchBackward& p) {
     const int64_t room_size = larger(
         larger(plan.room(), room_for_low_rank(highest, K)),
         transposed_product_size(larger(plan.stride(), dW.size() > 0 ? K : 0)));
-    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, N, N, N};
+    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, 3 * ROWS * N, N, N};
     Parts parts(local, sizes);
     if (!parts) {
 #pragma omp atomic write
       failed = true;
     }
     float *room = parts.take(), *band_s = parts.take(), *band_x = parts.take();
-    float *room_y = parts.take(), *room_g = parts.take(), *norm_weight = parts.take();
+    float *room_rows = parts.take(), *zeros = parts.take(), *norm_weight = parts.take();
+    if (parts) std::memset(zeros, 0, N * sizeof(float));
 
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < plan.packings.size(); ++i)
@@ -332,33 +324,42 @@ Status stitch_backward(const StitchBackward& p) {
       if (!parts) continue;
       const StitchGroup& group = p.groups[blocks[i].group];
       read_or(group.norm_weight, 1.0f, N, norm_weight);
-      sum_row_block(
-          blocks[i].begin, group.last - group.first, width, sums + places[blocks[i].group].sums,
-          [&](int64_t index, float* sum_bias) {
-            const int64_t row = group.first + index;
-            const float* direct = p.grad_y ? row_values(p.grad_y, row, room_y) : nullptr;
-            if (!norm) {
-              for_values(N, [&](auto v, int64_t j, int) {
-                using V = decltype(v);
-                put(sum_bias + j, V(get<V>(sum_bias + j) + get<V>(direct + j)));
-              });
-              return;
-            }
-            float *sum_norm_weight = sum_bias + N, *sum_norm_bias = sum_norm_weight + N;
-            float* d = grad_y + row * N;
-            normalize_row_backward(row_values(p.y, row, room_y),
-                                   row_values(p.grad_normed, row, room_g), N,
-                                   {mean[row], rstd[row]}, norm_weight, d, sum_norm_weight,
-                                   sum_norm_bias);
-            direct = p.grad_y ? row_values(p.grad_y, row, room_y) : nullptr;
-            for_values(N, [&](auto v, int64_t j, int) {
+      const auto sum_rows = [&](int64_t begin, int64_t end, float* sum_bias) {
+        float *sum_weight = sum_bias + N, *sum_norm_bias = sum_weight + N;
+        for_rows(group.first + begin, group.first + end, [&](int64_t row, auto count) {
+          constexpr int R = decltype(count)::value;
+          const auto values = [&](const View& view, int64_t k, int which) {
+            return view ? row_values(view, row + k, room_rows + (3 * k + which) * N) : zeros;
+          };
+          const float* direct[R];
+          for (int k = 0; k < R; ++k) direct[k] = values(p.grad_y, k, 2);
+          if (!norm) {
+            for_values(N, [&](auto v, int64_t j, auto) {
               using V = decltype(v);
-              V total = get<V>(d + j);
-              if (direct != nullptr) total += get<V>(direct + j);
-              put(d + j, total);
-              put(sum_bias + j, V(get<V>(sum_bias + j) + total));
+              V sum = get<V>(sum_bias + j);
+              for (int k = 0; k < R; ++k) sum += get<V>(direct[k] + j);
+              put(sum_bias + j, sum);
             });
-          });
+            return;
+          }
+          NormedRow rows[R];
+          for (int k = 0; k < R; ++k)
+            rows[k] = {values(p.y, k, 0), values(p.grad_normed, k, 1), direct[k], nullptr,
+                       grad_y + (row + k) * N, {mean[row + k], rstd[row + k]}};
+          normalize_backward(rows, N, norm_weight, sum_weight, sum_norm_bias,
+                             [&](auto v, const auto& total, int64_t j) {
+                               using V = decltype(v);
+                               V sum = get<V>(sum_bias + j);
+                               for (int k = 0; k < R; ++k) {
+                                 put(rows[k].grad + j, total[k]);
+                                 sum += total[k];
+                               }
+                               put(sum_bias + j, sum);
+                             });
+        });
+      };
+      sum_rows_of_block(blocks[i].begin, group.last - group.first, width,
+                        sums + places[blocks[i].group].sums, sum_rows);
     }
 
 #pragma omp for schedule(dynamic)
@@ -385,7 +386,7 @@ Status stitch_backward(const StitchBackward& p) {
                         room + slices_size(rows, K));
         }
       }
-      for (int64_t k = 0; c != nullptr && k < rows; ++k) grad_x.finish(first + k, c + k * ldc);
+      for (int64_t k = 0; c != nullptr && k < rows; ++k) grad_x.write(first + k, c + k * ldc);
     }
 
     // dB = scaling · dyᵀ (x Aᵀ), dA = scaling · (dy B)ᵀ x, dW = dyᵀ x

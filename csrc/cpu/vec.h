@@ -31,12 +31,12 @@ constexpr int NR = 2 * VL;
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
 
-inline vec load(const float* p) {
-  vec v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof(v)); }
+// Anywhere in memory, which holds floats and nothing else: with memcpy, which may hold all things, the
+// compiler would read pointers and sizes again after every store.
+typedef float unaligned_vec __attribute__((vector_size(VL * sizeof(float)), aligned(sizeof(float))));
+
+inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<unaligned_vec*>(p) = v; }
 
 // Stores past the caches, to addresses that are multiples of a vector: memory that nobody reads
 // soon need not be read first, as an ordinary store does. Others see it after stream_fence.
@@ -50,6 +50,13 @@ inline void stream_fence() { _mm_sfence(); }
 inline void stream(float* p, vec v) { store(p, v); }
 inline void stream_fence() {}
 #endif
+
+// each<N>(f): f(0), …, f(N − 1) with constants, so that arrays which they index become registers.
+template <int N, typename F>
+[[gnu::always_inline]] inline void each(F&& f) {
+  if constexpr (N > 1) each<N - 1>(f);
+  if constexpr (N > 0) f(std::integral_constant<int, N - 1>());
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
