@@ -120,13 +120,36 @@ def test_routes_in_the_order_asked_for(model: StitchedViT, batches: list[Batch])
     assert alone.front() == list(alone.scores)
 
 
+def test_what_is_around_a_model_changes_nothing(
+    model: StitchedViT, batches: list[Batch], tmp_path: Path
+) -> None:
+    expected = evaluate(model, batches)
+    model.train()
+    torch.distributed.init_process_group(
+        "gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        for wrapper in (
+            nn.parallel.DistributedDataParallel(model),
+            torch.optim.swa_utils.AveragedModel(model),
+            torch.compile(nn.DataParallel(model), backend="eager"),
+        ):
+            assert evaluate(wrapper, batches) == expected
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(module.training for module in model.modules())
+    for wrong in (nn.Linear(2, 2), nn.ModuleDict({"module": model, "other": model}), None):
+        with pytest.raises(TypeError, match=r"model must be a StitchedViT, .* got"):
+            evaluate(wrong, batches)
+
+
 @pytest.mark.parametrize(
     ("routes", "message"),
     [
         ([3], "route id must be in 0–2 or 4–4, got 3"),
-        ([0, 2, 0], r"each only once, got \[0, 2, 0\]"),
-        ([], r"at least one route.*got \[\]"),
-        ("some", "must be \"all\" or ids, got 'some'"),
+        ([0, 2, 0], r"routes must name each route only once, got \[0, 2, 0\]"),
+        ([], "routes must name at least one route, got none"),
+        ("some", "must be \"all\" or route ids, got 'some'"),
     ],
 )
 def test_unknown_routes_are_refused(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -167,11 +168,11 @@ def test_compiled_kernels_are_listed_and_other_hooks_still_called() -> None:
     ("sizes", "message"),
     [
         ([], "batch_sizes must hold at least one size, but it is empty"),
-        (0, "batch_sizes must be at least 1, but one is 0"),
-        ([4, -1], "batch_sizes must be at least 1, but one is -1"),
-        ([4, 2.0], "batch_sizes must hold integers, but it holds 2.0, a float"),
-        (True, "batch_sizes must hold integers, but it holds True, a bool"),
-        ("4", "batch_sizes must hold integers, but it holds '4', a str"),
+        (0, "each of batch_sizes must be at least 1, got 0"),
+        ([4, -1], "each of batch_sizes must be at least 1, got -1"),
+        ([4, 2.0], "each of batch_sizes must be an integer, got 2.0, a float"),
+        (True, "each of batch_sizes must be an integer, got True, a bool"),
+        ("4", "each of batch_sizes must be an integer, got '4', a str"),
     ],
 )
 def test_bad_sizes(model: StitchedViT, sizes: object, message: str) -> None:
@@ -180,5 +181,11 @@ def test_bad_sizes(model: StitchedViT, sizes: object, message: str) -> None:
 
 
 def test_only_a_stitched_model() -> None:
-    with pytest.raises(TypeError, match="model must be a StitchedViT, but it is Linear"):
+    with pytest.raises(TypeError, match=r"model must be a StitchedViT, .* got Linear"):
         warmup(torch.nn.Linear(2, 2), 1)
+
+
+def test_a_wrapped_model(model: StitchedViT) -> None:
+    assert warmup(torch.nn.DataParallel(model), np.int64(2), progress=False).passes > 0
+    with pytest.raises(TypeError, match=r"model must not be wrapped .* model\.compile_blocks\(\)"):
+        warmup(torch.compile(model), 2)

@@ -13,13 +13,16 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from snkernels import collectives
 from snkernels.batches import Share, Tally, batch_order, digest
 from snkernels.journal import Journal
 from snkernels.models.anchors import describe
-from snkernels.models.stitched import ModelRoute, StitchedViT, eval_mode
+from snkernels.models.model_route import ModelRoute
+from snkernels.models.modes import eval_mode
+from snkernels.models.stitched import StitchedViT
+from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
 from snkernels.routing.cost import pareto_front
 from snkernels.routing.space import LARGE, SMALL
@@ -183,7 +186,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: StitchedViT,
+    model: nn.Module,
     loader: Iterable[Sequence[Any]],
     routes: Literal["all"] | Iterable[int] = "all",
     *,
@@ -204,7 +207,9 @@ def evaluate(
     all raise.
 
     Args:
-        model: A stitched model on any device.
+        model: A ``StitchedViT`` on any device, or ``DistributedDataParallel``, an average of
+            weights or ``torch.compile`` around one. What is around it takes no part: ranks need not
+            keep step, and a pass over many routes would compile for long.
         loader: Batches that begin with images (batch, channels, height, width) of a floating dtype
             and labels (batch,) of an integer dtype. Both are moved to the model's device, images
             also to its dtype. A map-style ``DataLoader`` loads only batches that are measured here
@@ -218,7 +223,8 @@ def evaluate(
         progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
 
     Raises:
-        TypeError: If a batch does not begin with images and labels.
+        TypeError: If ``model`` is something else, an id is no integer, or a batch does not begin
+            with images and labels.
         ValueError: If there is no such route, one is named twice or none is; if there are no
             images; if labels are not classes of the model; if logits are not finite; if ``resume``
             is a file of something else; if it or other ranks need a loader of the same batches and
@@ -228,6 +234,7 @@ def evaluate(
     """
     shared = resume is not None or collectives.world_size() > 1
     with collectives.agreed():
+        model = inside(model)
         wanted = _wanted(model, routes)
         order = batch_order(loader) if shared else None
         facts = _facts(model, wanted, loader, order) if shared else {}
@@ -405,12 +412,8 @@ def _rate(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _wanted(model: StitchedViT, routes: Literal["all"] | Iterable[int]) -> list[ModelRoute]:
-    if isinstance(routes, str):
-        if routes != "all":
-            raise ValueError(f'routes must be "all" or ids, got {routes!r}')
-        return list(model.routes)
-    ids = [model.space.route(route_id).id for route_id in routes]
-    if not ids or len(set(ids)) < len(ids):
-        raise ValueError(f"routes must name at least one route, and each only once, got {ids}")
+    ids = [route.id for route in model.space.named(routes, "routes")]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"routes must name each route only once, got {ids}")
     known = {route.id: route for route in model.routes}
     return [known[route_id] for route_id in ids]

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snkernels.integers import integer
 from snkernels.models.capture import uncached_autocast
 from snkernels.models.stitched import StitchedViT
+from snkernels.models.wrappers import inside
 from snkernels.routing.space import LARGE
 
 
@@ -46,7 +48,7 @@ def training_loss(
         snkernels.training_loss(model, images, labels, routes_per_step=4).loss.backward()
 
     Args:
-        model: A ``StitchedViT``, or ``DistributedDataParallel`` around one.
+        model: A ``StitchedViT``, or ``DistributedDataParallel`` or ``torch.compile`` around one.
         images: (batch, channels, height, width).
         labels: What ``criterion`` compares logits with, its first dimension the batch: classes
             (batch,), or probabilities (batch, classes) as CutMix makes them.
@@ -65,8 +67,7 @@ def training_loss(
         ValueError: If a number is out of its range, or images and labels are not equally many or
             do not suit the model or the criterion.  Nothing counts as drawn then.
     """
-    if routes_per_step < 1:
-        raise ValueError(f"routes_per_step must be at least 1, got {routes_per_step}")
+    routes_per_step = integer("routes_per_step", routes_per_step, 1)
     if not 0.0 <= distillation <= 1.0:
         raise ValueError(f"distillation must be in [0, 1], got {distillation}")
     _check_temperature(temperature)
@@ -74,9 +75,7 @@ def training_loss(
         raise ValueError(
             f"labels must be as many as images, got {len(labels)} for {len(images)} images"
         )
-    inner = getattr(model, "module", model)
-    if not isinstance(inner, StitchedViT):
-        raise TypeError(f"model must be a StitchedViT, got {type(inner).__name__}")
+    inner = inside(model)
     before = inner.sampler.state_dict()
     try:
         drawn = inner.draw(routes_per_step)

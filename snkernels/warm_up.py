@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from snkernels.integers import integer, is_one
+from snkernels.models.anchors import image_shape
+from snkernels.models.modes import restored_modes
 from snkernels.models.stitched import StitchedViT
+from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
 
 
@@ -45,7 +49,7 @@ class WarmUp:
 
 
 def warmup(
-    model: StitchedViT,
+    model: nn.Module,
     batch_sizes: int | Sequence[int],
     *,
     training: bool = False,
@@ -62,7 +66,7 @@ def warmup(
     The model, gradients, draws of routes and random numbers are as before afterwards.
 
     Args:
-        model: the model.
+        model: a ``StitchedViT``, or ``DistributedDataParallel`` around one.
         batch_sizes: images in a batch, one size or some. On a CPU without compiled blocks, where
             nothing depends on them, one image runs instead.
         training: whether to run forward and backward in train mode, in place of inference in eval
@@ -73,13 +77,15 @@ def warmup(
         What was compiled.
 
     Raises:
-        TypeError: a model that is no ``StitchedViT``, or sizes that are no integers.
+        TypeError: another model, one inside ``torch.compile`` too, or sizes that are no integers.
         ValueError: no sizes, or one below 1.
         RuntimeError: a CUDA graph is being captured.
     """
-    if not isinstance(model, StitchedViT):
-        raise TypeError(f"model must be a StitchedViT, but it is {type(model).__name__}")
-    sizes = _checked(batch_sizes)
+    model = inside(model, compiled=False)
+    given: Any = [batch_sizes] if is_one(batch_sizes) else batch_sizes
+    sizes = list(dict.fromkeys(integer("each of batch_sizes", size, 1) for size in given))
+    if not sizes:
+        raise ValueError("batch_sizes must hold at least one size, but it is empty")
     like = next(model.parameters())
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -102,9 +108,8 @@ def warmup(
 
 
 def _run(model: StitchedViT, size: int, way: dict[str, Any], training: bool) -> None:
-    patches, like = model.small.patch_embed, next(model.parameters())
-    channels = patches.proj.weight.shape[1]
-    images = torch.randn(size, channels, *patches.img_size, device=like.device, dtype=like.dtype)
+    like = next(model.parameters())
+    images = torch.randn(size, *image_shape(model.small), device=like.device, dtype=like.dtype)
     if not training:
         with torch.no_grad():
             model(images, **way)
@@ -117,32 +122,16 @@ def _run(model: StitchedViT, size: int, way: dict[str, Any], training: bool) -> 
             torch.autograd.grad(logits, leaves, torch.randn_like(logits), allow_unused=True)
 
 
-def _checked(batch_sizes: int | Sequence[int]) -> list[int]:
-    """The sizes, each once, in the order given."""
-    given = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
-    if not given:
-        raise ValueError("batch_sizes must hold at least one size, but it is empty")
-    for size in given:
-        if isinstance(size, bool) or not isinstance(size, int):
-            kind = type(size).__name__
-            raise TypeError(f"batch_sizes must hold integers, but it holds {size!r}, a {kind}")
-        if size < 1:
-            raise ValueError(f"batch_sizes must be at least 1, but one is {size}")
-    return list(dict.fromkeys(given))
-
-
 @contextlib.contextmanager
 def _restored(model: StitchedViT, training: bool) -> Iterator[None]:
     """Puts the model into train or eval mode; afterwards all is as it was before."""
-    modes: list[tuple[nn.Module, bool]] = [(m, m.training) for m in model.modules()]
     last_route, device = model.last_route, next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), restored_modes(model):
         model.train(training)
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             model.last_route = last_route
 
 

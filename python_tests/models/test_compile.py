@@ -51,6 +51,23 @@ def test_no_route_compiles_anew(
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"stitch": 2}, {"stitch": [4, 2, 0]}, {"routes": "all", "max_rows": 6}],
+    ids=str,
+)
+def test_a_whole_call_is_one_graph(make: Callable[..., StitchedViT], arguments: dict) -> None:
+    """Of a model that never ran: nothing is left to be made at the first call."""
+    images = torch.randn(3, 3, 8, 8)
+    torch.compiler.reset()
+    model = make()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        actual = compiled(images, **arguments)
+        torch.testing.assert_close(actual, model(images, **arguments))
+    torch.compiler.reset()
+
+
 def test_all_routes_of_the_paper_compile_each_part_of_a_block_once(
     make_vit: Callable[..., PlainViT], randomise: Callable[[nn.Module], None]
 ) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,20 +262,39 @@ def test_the_mean_loss_of_several_routes_is_the_mean_of_their_losses(
         torch.testing.assert_close(actual[name], grad, msg=name)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.array, torch.tensor])
+def test_integers_of_every_kind_are_ids_and_numbers(make: Make, kind: Callable[..., Any]) -> None:
+    model, images = make().eval(), torch.randn(2, 3, 8, 8)
+    for given, plain in (
+        ({"stitch": kind(2), "max_rows": kind(4)}, {"stitch": 2}),
+        ({"stitch": [kind(4), kind(2)]}, {"stitch": [4, 2]}),
+        ({"stitch": torch.tensor([4, 2])}, {"stitch": [4, 2]}),
+        ({"routes": np.array([4, 2])}, {"routes": [4, 2]}),
+    ):
+        assert torch.equal(model(images, **given), model(images, **plain))
+    model.default_route = kind(0)
+    model(images)
+    assert model.last_route == 0
+    assert len(model.draw(kind(3))) == 3
+    model.scores = {4: 1.0}
+    assert model.select(0.9, kind(1)).route.id == 4
+    model.init_stitches(images, batch_size=kind(1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"stitch": 3}, ValueError, r"must be in 0–2 or 4–4, got 3"),
-        ({"stitch": 2.0}, TypeError, "stitch must hold integer route ids, got float"),
-        ({"stitch": "2"}, TypeError, "stitch must hold integer route ids, got str"),
+        ({"stitch": 2.0}, TypeError, "route id must be an integer, got 2.0, a float"),
+        ({"stitch": "2"}, TypeError, "route id must be an integer, got '2', a str"),
         ({"stitch": [0, 5]}, ValueError, r"must be in 0–2 or 4–4, got 5"),
         ({"stitch": [0]}, ValueError, "one route id for each of the 2 images, got 1"),
         ({"stitch": [0, 1, 2]}, ValueError, "one route id for each of the 2 images, got 3"),
         ({"stitch": []}, ValueError, "one route id for each of the 2 images, got 0"),
-        ({"stitch": [0, None]}, TypeError, "stitch must hold integer route ids, got NoneType"),
+        ({"stitch": [0, None]}, TypeError, "route id must be an integer, got None, a NoneType"),
         ({"routes": []}, ValueError, "routes must name at least one route, got none"),
         ({"routes": [0, -1]}, ValueError, r"must be in 0–2 or 4–4, got -1"),
-        ({"routes": ["S"]}, TypeError, "routes must hold integer route ids, got str"),
+        ({"routes": ["S"]}, TypeError, "route id must be an integer, got 'S', a str"),
         ({"routes": "every"}, ValueError, """routes must be "all" or route ids, got 'every'"""),
         ({"routes": [0], "stitch": 0}, ValueError, "only one of stitch, routes and budget"),
         ({"max_rows": 2}, ValueError, "max_rows must be at least 3, got 2"),

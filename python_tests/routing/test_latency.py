@@ -103,7 +103,7 @@ def at(*keys: Any, value: Any = None) -> Callable[[dict[str, Any]], None]:
         (at("model", "anchors", value=[]), "TypeError"),
         (
             at("model", "anchors", 0, "depth", value="3"),
-            "TypeError: small_depth must be an int, got '3'",
+            "TypeError: small_depth must be an integer, got '3', a str",
         ),
         (at("model", "rank"), "KeyError: 'rank'"),
         (at("parts", value={}), r"batch sizes must be 1 or more, got \[\]"),

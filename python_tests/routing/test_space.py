@@ -1,8 +1,11 @@
 from fractions import Fraction
 from itertools import combinations, pairwise
 from math import floor
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,10 +219,32 @@ def test_every_block_of_the_deeper_anchor_can_be_skipped() -> None:
         assert any(used) and not all(used)
 
 
-@pytest.mark.parametrize("bad", [13, 135, -1, 1000, "3", None])
-def test_unknown_id_names_the_valid_ones(bad: object) -> None:
-    with pytest.raises(ValueError, match=r"route id must be in 0–12 or 14–134, got"):
-        StitchingSpace(12, 24).route(bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bad", [13, 135, -1, 1000])
+def test_unknown_id_names_the_valid_ones(bad: int) -> None:
+    with pytest.raises(ValueError, match=rf"route id must be in 0–12 or 14–134, got {bad}"):
+        StitchingSpace(12, 24).route(bad)
+
+
+@pytest.mark.parametrize("bad", ["3", None, 3.0, True])
+def test_an_id_is_an_integer(bad: Any) -> None:
+    with pytest.raises(TypeError, match=rf"route id must be an integer, got {bad!r}, a "):
+        StitchingSpace(12, 24).route(bad)
+
+
+def test_integers_of_every_kind_are_ids() -> None:
+    space = StitchingSpace(12, 24)
+    for route_id in (np.int64(60), np.array(60), torch.tensor(60), torch.tensor(60).int()):
+        assert space.route(route_id) is space.route(60)
+    for ids in (np.array([3, 60]), torch.tensor([3, 60]), (3, 60), (i for i in (3, 60))):
+        assert space.named(ids, "routes") == [space.route(3), space.route(60)]
+    assert space.named("all", "routes") == list(space)
+
+
+@pytest.mark.parametrize("bad", ["every", "", 3, torch.tensor(3), []])
+def test_what_names_no_routes(bad: Any) -> None:
+    message = 'check must be "all" or route ids, got|check must name at least one route, got none'
+    with pytest.raises((TypeError, ValueError), match=message):
+        StitchingSpace(12, 24).named(bad, "check")
 
 
 def test_unknown_id_of_a_space_without_stitches() -> None:
@@ -232,7 +257,7 @@ def test_unknown_id_of_a_space_without_stitches() -> None:
     [
         ((0, 3), ValueError, "small_depth must be at least 1, got 0"),
         ((3, -1), ValueError, "large_depth must be at least 1, got -1"),
-        ((3, 2.0), TypeError, "large_depth must be an int, got 2.0"),
+        ((3, 2.0), TypeError, "large_depth must be an integer, got 2.0, a float"),
     ],
 )
 def test_bad_depths(depths: tuple[int, int], error: type[Exception], message: str) -> None:

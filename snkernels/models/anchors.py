@@ -128,6 +128,11 @@ def check_images(vit: Anchor, images: Tensor) -> None:
         )
 
 
+def image_shape(vit: Anchor) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that an anchor was made for."""
+    return vit.patch_embed.proj.weight.shape[1], *vit.patch_embed.img_size
+
+
 def vit_shape(vit: Anchor) -> ViTShape:
     """Return the numbers that the cost of an anchor depends on.
 

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from snkernels.integers import integer
+from snkernels.models.anchors import image_shape
+
+if TYPE_CHECKING:
+    from snkernels.models.stitched import StitchedViT
 
 # Graphs of one model take turns, so what they compute in between may lie in one place.
 _POOLS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -42,6 +48,20 @@ class CapturedForward:
         ]
         with torch.inference_mode(), uncached_autocast("cuda"):
             self._replay, self._logits = _record(lambda: model(self._images, **arguments), model)
+
+    @classmethod
+    def of(cls, model: StitchedViT, batch_size: int, arguments: dict[str, Any]) -> CapturedForward:
+        """Capture a stitched model; see ``StitchedViT.capture``."""
+        batch_size = integer("batch_size", batch_size, 1)
+        if model.training:
+            raise RuntimeError("a model must be in eval mode to be captured, it is in training")
+        like = next(model.small.parameters())
+        if like.device.type != "cuda":
+            raise RuntimeError(
+                f"capture needs CUDA graphs, and the model is on device {str(like.device)!r}"
+            )
+        with torch.cuda.device(like.device):
+            return cls(model, like.new_zeros(batch_size, *image_shape(model.small)), arguments)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the logits of images, as the model would.

@@ -42,12 +42,7 @@ def execute(
     logits = _joined(run.outputs)
     if plan.order == range(len(logits)):
         return logits
-    return logits.index_select(0, _indices(plan.order, logits.device))
-
-
-def _indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return indices of a plan on a device, where a graph that is captured may read them."""
-    return on_device(tuple(values), device)
+    return logits.index_select(0, on_device(tuple(plan.order), logits.device))
 
 
 class _Tokens(NamedTuple):
@@ -101,7 +96,8 @@ class _Run:
                 if isinstance(samples, range):
                     images = self.images[samples.start : samples.stop]
                 else:
-                    images = self.images.index_select(0, _indices(samples, self.images.device))
+                    chosen = on_device(tuple(samples), self.images.device)
+                    images = self.images.index_select(0, chosen)
                 self.tokens[out] = _Tokens(embed(self.anchors[anchor], images))
             case Blocks(anchor, start, stop, value):
                 vit = self.anchors[anchor]

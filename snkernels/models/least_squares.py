@@ -15,12 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from snkernels import collectives
-from snkernels.models.anchors import Anchor, embed, run_blocks
+from snkernels.integers import integer
+from snkernels.models.anchors import Anchor, check_images, embed, run_blocks
+from snkernels.progress import progress_bar
+from snkernels.routing.space import Stitch, StitchingSpace
 
 
 @dataclass
@@ -79,6 +83,53 @@ class Moments:
             centred = part[1 + width :].view(width, width)
             total.merge(Moments(int(part[0]), part[1 : 1 + width], centred))
         return total
+
+
+def fit(
+    small: Anchor,
+    large: Anchor,
+    space: StitchingSpace,
+    images: Tensor | Iterable[Tensor | Sequence[Any]],
+    batch_size: int,
+    progress: bool,
+) -> dict[Stitch, tuple[Tensor, Tensor]]:
+    """Solve for every stitch between two anchors; see ``StitchedViT.init_stitches``.
+
+    Returns:
+        Weight and bias of each stitch, float64.
+    """
+    batch_size = integer("batch_size", batch_size, 1)
+    items = images.split(batch_size) if isinstance(images, Tensor) else images
+    shown = progress_bar(items, "least squares: images", progress)
+    with collectives.agreed():
+        batches = (_taken(item, small) for item in shown)
+        moments = cut_moments(small, large, space.cuts, batches)
+    moments = [at_cut.gather() for at_cut in moments]
+    columns = (slice(0, small.embed_dim), slice(small.embed_dim, None))
+    stitches = [
+        Stitch(direction, index)
+        for direction, count in enumerate(space.num_stitches)
+        for index in range(count)
+    ]
+    return {
+        stitch: solve(
+            moments[stitch.index], columns[stitch.direction], columns[1 - stitch.direction]
+        )
+        for stitch in progress_bar(stitches, "least squares: stitches", progress)
+    }
+
+
+def _taken(item: Any, anchor: Anchor) -> Tensor:
+    """Return the images of one item of a loader, checked, where the anchor is."""
+    images = item[0] if isinstance(item, Sequence) and item else item
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "images must give tensors or sequences that begin with one, such as (images, labels), "
+            f"got {type(item).__name__}"
+        )
+    check_images(anchor, images)
+    parameter = next(anchor.parameters())
+    return images.to(parameter.device, parameter.dtype)
 
 
 def solve(moments: Moments, inputs: slice, outputs: slice) -> tuple[Tensor, Tensor]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from snkernels.integers import integer
+from snkernels.models.model_route import ModelRoute
+from snkernels.models.setting import setting_of
 from snkernels.routing.budget import Budget
-from snkernels.routing.space import StitchingSpace
+from snkernels.routing.space import LARGE, StitchingSpace
 
 if TYPE_CHECKING:
-    from snkernels.models.stitched import ModelRoute
+    from snkernels.models.stitched import StitchedViT
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,34 @@ class Selection:
         return f"route {offer.route.id} ({offer.route}), score {offer.score:.4g}, for {cost}"
 
 
+def select(model: StitchedViT, budget: float | str | Budget, batch_size: int = 1) -> Selection:
+    """Choose the best of a model's routes that a budget buys; see ``StitchedViT.select``."""
+    budget = Budget.parse(budget)
+    scores = model.scores
+    if scores is None:
+        raise RuntimeError(
+            "scores must be set before a budget can pick a route: "
+            "model.scores = snkernels.evaluate(model, loader)"
+        )
+    scored = [route for route in model.routes if route.id in scores]
+    if budget.kind == "seconds":
+        if model.profile is None:
+            raise RuntimeError(
+                "profile must be set before a budget of time can pick a route: "
+                "model.profile = snkernels.profile(model, batch_sizes)"
+            )
+        model.profile.check_setting(setting_of(model))
+        batch_size = integer("batch_size", batch_size)
+        costs = [model.profile.seconds(route, batch_size) for route in scored]
+    else:
+        whole = model.routes[LARGE].flops if budget.kind == "share" else 1
+        costs = [route.flops / whole for route in scored]
+    offers = [
+        Offer(route, scores[route.id], cost) for route, cost in zip(scored, costs, strict=True)
+    ]
+    return choose(offers, budget, batch_size if budget.kind == "seconds" else None)
+
+
 def choose(offers: Sequence[Offer], budget: Budget, batch_size: int | None) -> Selection:
     """Choose the best offer within a budget.
 
@@ -128,10 +158,7 @@ def check_scores(scores: Any, space: StitchingSpace) -> dict[int, float]:
         raise ValueError("scores must hold at least one route, got none")
     checked = {}
     for route_id, score in scores.items():
-        try:
-            route = space.route(operator.index(route_id))
-        except TypeError:
-            raise TypeError(f"scores must be of integer route ids, got {route_id!r}") from None
+        route = space.route(route_id)
         if not isinstance(score, numbers.Real):
             raise TypeError(f"scores must be numbers, got {score!r} for route {route.id}")
         if not math.isfinite(score):

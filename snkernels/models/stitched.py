@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import copy
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from snkernels import collectives
+from snkernels.integers import integer, is_one
 from snkernels.layers import StitchingLayer
 from snkernels.models import checkpoint
-from snkernels.models.anchors import (
-    Anchor,
-    check_images,
-    check_pair,
-    describe,
-    embed_parameters,
-    readout_parameters,
-    vit_shape,
-)
+from snkernels.models.anchors import Anchor, check_images, check_pair, describe
 from snkernels.models.capture import CapturedForward
 from snkernels.models.executor import execute
-from snkernels.models.least_squares import cut_moments, solve
-from snkernels.models.selection import Offer, Selection, check_scores, choose
-from snkernels.models.setting import setting_of, shapes_of
+from snkernels.models.least_squares import fit
+from snkernels.models.model_route import ModelRoute, priced
+from snkernels.models.modes import eval_mode
+from snkernels.models.selection import Selection, check_scores, select
+from snkernels.models.setting import shapes_of
 from snkernels.models.vit import PlainViT
-from snkernels.progress import progress_bar
 from snkernels.routing.budget import Budget
-from snkernels.routing.cost import route_flops
 from snkernels.routing.latency import Profile
 from snkernels.routing.plan import plan
 from snkernels.routing.sampling import Draws, RouteSampler
@@ -41,19 +31,6 @@ from snkernels.routing.space import LARGE, SMALL, Route, Stitch, StitchingSpace
 
 # A forward of more than a few hundred images gains nothing from more, and its memory grows.
 _MAX_ROWS = 256
-
-
-@dataclass(frozen=True)
-class ModelRoute(Route):
-    """A route and what it costs in one model.
-
-    Attributes:
-        flops: Multiply-adds for one image, low-rank parts merged.
-        parameters: Numbers held by the parameters it uses, low-rank parts included.
-    """
-
-    flops: int
-    parameters: int
 
 
 class StitchedViT(nn.Module):
@@ -129,7 +106,9 @@ class StitchedViT(nn.Module):
             )
             for direction, count in enumerate(self.space.num_stitches)
         )
-        self.routes: tuple[ModelRoute, ...] = tuple(self._price(route) for route in self.space)
+        self.routes: tuple[ModelRoute, ...] = tuple(
+            priced(route, (small, large), self._stitch) for route in self.space
+        )
         self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "draws": draws}
         self.sampler = RouteSampler(
             {route.id: route.flops for route in self.routes},
@@ -215,30 +194,20 @@ class StitchedViT(nn.Module):
         """
         self._check_batch(images)
         batch = len(images)
-        limit = max(batch, _MAX_ROWS) if max_rows is None else operator.index(max_rows)
-        if limit < 3:
-            raise ValueError(f"max_rows must be at least 3, got {max_rows}")
+        limit = max(batch, _MAX_ROWS) if max_rows is None else integer("max_rows", max_rows, 3)
         if sum(choice is not None for choice in (stitch, routes, budget)) > 1:
             raise ValueError("only one of stitch, routes and budget must be given")
         if budget is not None:
             stitch = self._afford(budget, batch)
         if routes is not None:
-            chosen = self._routes(routes)
+            chosen = self.space.named(routes, "routes")
             rows = [(i, route) for route in chosen for i in range(batch)]
-        elif stitch is None or not isinstance(stitch, Iterable):
+        else:
             if stitch is None:
                 stitch = self.sampler.draw() if self.training else self.default_route
-            chosen = [self._route(stitch, "stitch")]
-            rows = [(i, chosen[0]) for i in range(batch)]
-        else:
-            chosen = [self._route(route_id, "stitch") for route_id in stitch]
-            if len(chosen) != batch:
-                raise ValueError(
-                    f"stitch must hold one route id for each of the {batch} images, "
-                    f"got {len(chosen)}"
-                )
+            chosen = self._one_each(stitch, batch)
             rows = list(enumerate(chosen))
-        self.last_route = chosen[0].id if len(set(chosen)) == 1 else None
+        self.last_route = chosen[0].id if len({route.id for route in chosen}) == 1 else None
         schedule = plan(rows, self.space, limit)
         logits = execute(schedule, (self.small, self.large), self._stitch, images)
         return logits if routes is None else logits.unflatten(0, (len(chosen), batch))
@@ -261,30 +230,7 @@ class StitchedViT(nn.Module):
             ValueError: If the budget is none, or reaches for no route; if it is a time, and the
                 profile is of another device, dtype or torch, or of smaller or larger batches.
         """
-        budget = Budget.parse(budget)
-        if self._scores is None:
-            raise RuntimeError(
-                "scores must be set before a budget can pick a route: "
-                "model.scores = snkernels.evaluate(model, loader)"
-            )
-        scored = [route for route in self.routes if route.id in self._scores]
-        if budget.kind == "seconds":
-            if self._profile is None:
-                raise RuntimeError(
-                    "profile must be set before a budget of time can pick a route: "
-                    "model.profile = snkernels.profile(model, batch_sizes)"
-                )
-            self._profile.check_setting(setting_of(self))
-            batch_size = operator.index(batch_size)
-            costs = [self._profile.seconds(route, batch_size) for route in scored]
-        else:
-            whole = self.routes[LARGE].flops if budget.kind == "share" else 1
-            costs = [route.flops / whole for route in scored]
-        offers = [
-            Offer(route, self._scores[route.id], cost)
-            for route, cost in zip(scored, costs, strict=True)
-        ]
-        return choose(offers, budget, batch_size if budget.kind == "seconds" else None)
+        return select(self, budget, batch_size)
 
     def draw(self, count: int) -> list[int]:
         """Draw the ids of ``count`` routes for one training step, each as a step alone would.
@@ -295,9 +241,7 @@ class StitchedViT(nn.Module):
         Raises:
             ValueError: If ``count`` is below 1.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        return [self.sampler.draw() for _ in range(count)]
+        return [self.sampler.draw() for _ in range(integer("count", count, 1))]
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Yield what fine-tuning trains: the anchors, and bias, A and B of every stitch.
@@ -332,21 +276,8 @@ class StitchedViT(nn.Module):
             ValueError: If ``batch_size`` is below 1, or for what ``forward`` refuses.
             RuntimeError: If the model is in training mode, or on a device without CUDA graphs.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if self.training:
-            raise RuntimeError("a model must be in eval mode to be captured, it is in training")
-        like = next(self.small.parameters())
-        if like.device.type != "cuda":
-            raise RuntimeError(
-                f"capture needs CUDA graphs, and the model is on device {str(like.device)!r}"
-            )
-        patch_embed = self.small.patch_embed
-        channels = patch_embed.proj.weight.shape[1]
-        with torch.cuda.device(like.device):
-            images = like.new_zeros(batch_size, channels, *patch_embed.img_size)
-            arguments = {"stitch": stitch, "routes": routes, "max_rows": max_rows}
-            return CapturedForward(self, images, arguments)
+        arguments = {"stitch": stitch, "routes": routes, "max_rows": max_rows}
+        return CapturedForward.of(self, batch_size, arguments)
 
     def compile_blocks(self, *, dynamic: bool | None = True, **options: Any) -> None:
         """Compile attention and MLP of every block, in place, when each is first called.
@@ -391,31 +322,9 @@ class StitchedViT(nn.Module):
                 or tokens are not finite; the stitches are then as they were.
             RuntimeError: If another rank failed so; the message names it and says how.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        items = images.split(batch_size) if isinstance(images, Tensor) else images
-        with eval_mode(self), collectives.agreed():
-            moments = cut_moments(
-                self.small,
-                self.large,
-                self.space.cuts,
-                (
-                    self._take(item)
-                    for item in progress_bar(items, "least squares: images", progress)
-                ),
-            )
-        moments = [at_cut.gather() for at_cut in moments]
-        columns = (slice(0, self.small.embed_dim), slice(self.small.embed_dim, None))
-        stitches = [
-            Stitch(direction, index)
-            for direction, count in enumerate(self.space.num_stitches)
-            for index in range(count)
-        ]
-        solutions = [
-            solve(moments[stitch.index], columns[stitch.direction], columns[1 - stitch.direction])
-            for stitch in progress_bar(stitches, "least squares: stitches", progress)
-        ]
-        for stitch, (weight, bias) in zip(stitches, solutions, strict=True):
+        with eval_mode(self):
+            maps = fit(self.small, self.large, self.space, images, batch_size, progress)
+        for stitch, (weight, bias) in maps.items():
             layer = self._stitch(stitch)
             layer.set_base(weight, bias)
             if layer.transform.lora_B is not None:
@@ -580,13 +489,6 @@ class StitchedViT(nn.Module):
         layers: Any = self.stitch_layers[stitch.direction]
         return layers[stitch.index]
 
-    def _take(self, item: Any) -> Tensor:
-        """Return the images of a loader's item, checked, where the anchors are."""
-        images = _images_of(item)
-        check_images(self.small, images)
-        parameter = next(self.small.parameters())
-        return images.to(parameter.device, parameter.dtype)
-
     def _check_batch(self, images: Tensor) -> None:
         check_images(self.small, images)
         if len(images) == 0:
@@ -596,9 +498,20 @@ class StitchedViT(nn.Module):
         if looked_at and not bool(images.isfinite().all()):
             raise ValueError("images must be finite, got NaN or infinity")
 
+    def _one_each(self, stitch: Any, batch: int) -> list[Route]:
+        """Return the route of each image, from one id for all or one per image."""
+        if is_one(stitch):
+            return [self.space.route(stitch)] * batch
+        chosen = [self.space.route(route_id) for route_id in stitch]
+        if len(chosen) != batch:
+            raise ValueError(
+                f"stitch must hold one route id for each of the {batch} images, got {len(chosen)}"
+            )
+        return chosen
+
     def _afford(self, budget: Any, batch: int) -> int | list[int]:
         """Return the id of the route that a budget buys, or of one per budget."""
-        if isinstance(budget, str) or not isinstance(budget, Iterable):
+        if is_one(budget):
             return self.select(budget, batch).route.id
         budgets = [Budget.parse(one) for one in budget]
         if len(budgets) != batch:
@@ -607,63 +520,3 @@ class StitchedViT(nn.Module):
             )
         ids = {one: self.select(one, batch).route.id for one in set(budgets)}
         return [ids[one] for one in budgets]
-
-    def _route(self, route_id: int, name: str) -> Route:
-        """Return the route of an id that the caller gave in the argument ``name``."""
-        try:
-            return self.space.route(operator.index(route_id))
-        except TypeError:
-            kind = type(route_id).__name__
-            raise TypeError(f"{name} must hold integer route ids, got {kind}") from None
-
-    def _routes(self, routes: Literal["all"] | Iterable[int]) -> list[Route]:
-        if isinstance(routes, str):
-            if routes != "all":
-                raise ValueError(f'routes must be "all" or route ids, got {routes!r}')
-            return list(self.space)
-        chosen = [self._route(route_id, "routes") for route_id in routes]
-        if not chosen:
-            raise ValueError("routes must name at least one route, got none")
-        return chosen
-
-    def _price(self, route: Route) -> ModelRoute:
-        """Add to a route what it costs here."""
-        parameters = [
-            *embed_parameters(self._anchor(route.segments[0].anchor)),
-            *readout_parameters(self._anchor(route.segments[-1].anchor)),
-        ]
-        for stitch in route.stitches:
-            parameters += self._stitch(stitch).parameters()
-        for segment in route.segments:
-            blocks = self._anchor(segment.anchor).blocks
-            parameters += blocks[segment.start : segment.stop].parameters()
-        return ModelRoute(
-            route.id,
-            route.segments,
-            route.stitches,
-            flops=route_flops(route, vit_shape(self.small), vit_shape(self.large)),
-            parameters=sum(parameter.numel() for parameter in parameters),
-        )
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put all modules in eval mode, and after the ``with`` block into the mode each one was in."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
-
-
-def _images_of(item: Any) -> Tensor:
-    """Return the images of one item of a loader."""
-    images = item[0] if isinstance(item, Sequence) and item else item
-    if not isinstance(images, Tensor):
-        raise TypeError(
-            "images must give tensors or sequences that begin with one, such as (images, labels), "
-            f"got {type(item).__name__}"
-        )
-    return images

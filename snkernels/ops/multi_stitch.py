@@ -7,6 +7,7 @@ stitch that was not drawn. So a group that the host knows to be empty never reac
 
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -115,117 +116,73 @@ def _groups(
             yield i, slice(start, stop), StitchGroup._make(own)
 
 
-def _identity(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+@without_autocast
+def _torch(
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    out_features: int,
+    normalize: bool,
+    eps: float,
 ) -> Outputs:
-    return x, *reference.layer_norm(x, norm_weight, norm_bias, eps)
+    """One group after another, by the reference."""
+    y, normed, mean, rstd = native.norm_outputs(x, out_features)
+    for _, rows, group in _groups(group_offsets, tensors, scalings):
+        if group.weight is None:
+            y[rows] = x[rows]
+        else:
+            y[rows] = reference.stitch(x[rows], *_of_stitch(group))
+        if normalize:
+            norm = group.norm_weight, group.norm_bias
+            normed[rows], mean[rows], rstd[rows] = reference.layer_norm(y[rows], *norm, eps)
+    return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
 
 
-def _into(function: Callable[..., Any]) -> Callable[..., None]:
-    """A function that returns one tensor or four, as one that writes into its last argument."""
-
-    def run(*arguments: Any) -> None:
-        *inputs, out = arguments
-        values = function(*inputs)
-        if isinstance(values, Tensor):
-            values, out = (values,), (out,)
-        for target, value in zip(out, values, strict=True):
-            target.copy_(value)
-
-    return run
-
-
-def _one_by_one(
-    stitch: Callable[..., Any], stitch_layer_norm: Callable[..., Any]
-) -> Callable[..., Outputs]:
-    """The forward as a loop over groups of a backend's single ops, which write into slices."""
-
-    def run(
-        x: Tensor,
-        group_offsets: Tensor,
-        tensors: Optionals,
-        scalings: Sequence[float],
-        out_features: int,
-        normalize: bool,
-        eps: float,
-    ) -> Outputs:
-        y, normed, mean, rstd = native.norm_outputs(x, out_features)
-        for _, rows, group in _groups(group_offsets, tensors, scalings):
-            out = [t[rows] for t in ((y, normed, mean, rstd) if normalize else (y,))]
-            if group.weight is None:
-                values = _identity(x[rows], group.norm_weight, group.norm_bias, eps)
-                for target, value in zip(out, values, strict=False):
-                    target.copy_(value)
-            elif normalize:
-                norm = (group.norm_weight, group.norm_bias)
-                stitch_layer_norm(x[rows], *group[:4], group.scaling, *norm, eps, out)
-            else:
-                stitch(x[rows], *group[:4], group.scaling, out[0])
-        return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
-
-    return run
+@without_autocast
+def _torch_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    group_offsets: Tensor,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grad_x = torch.zeros_like(x) if needs[0] else None
+    grads: list[Tensor | None] = [grad_x, *[None] * len(tensors)]
+    for i, rows, group in _groups(group_offsets, tensors, scalings):
+        stitch = slice(1 + i * TENSORS, 5 + i * TENSORS)
+        norm = slice(5 + i * TENSORS, 7 + i * TENSORS)
+        grad = None if grad_y is None else grad_y[rows]
+        if grad_normed is not None:
+            through_norm, *grads[norm] = reference.layer_norm_backward(
+                grad_normed[rows], y[rows], mean[rows], rstd[rows], group.norm_weight
+            )
+            grad = through_norm if grad is None else through_norm + grad
+        assert grad is not None
+        if group.weight is not None:
+            wanted = [needs[0], *needs[stitch]]
+            found = reference.stitch_backward(grad, x[rows], *_of_stitch(group), wanted)
+            grad, *grads[stitch] = spread(found, wanted)
+        if grad_x is not None and grad is not None:
+            grad_x[rows] = grad
+    # A gradient is owed for all that is needed, also of a group that had no rows.
+    return [
+        torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype)
+        for tensor, grad, need in zip((x, *tensors), grads, needs, strict=True)
+        if need and tensor is not None
+    ]
 
 
-def _one_by_one_backward(
-    stitch_backward: Callable[..., list[Tensor]],
-    stitch_layer_norm_backward: Callable[..., list[Tensor]],
-) -> Callable[..., list[Tensor]]:
-    def run(
-        grad_y: Tensor | None,
-        grad_normed: Tensor | None,
-        x: Tensor,
-        group_offsets: Tensor,
-        tensors: Optionals,
-        scalings: Sequence[float],
-        y: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        grads: list[Tensor | None] = [None] * len(needs)
-        grad_x = torch.zeros_like(x) if needs[0] else None
-        for i, rows, group in _groups(group_offsets, tensors, scalings):
-            own = slice(1 + i * TENSORS, 1 + (i + 1) * TENSORS)
-            wanted = [needs[0], *needs[own]]
-            upper = None if grad_y is None else grad_y[rows]
-            if grad_normed is None:
-                assert upper is not None
-                if group.weight is None:
-                    found = [upper] if needs[0] else []
-                else:
-                    found = stitch_backward(upper, x[rows], *group[:4], group.scaling, wanted[:5])
-                wanted[5:] = False, False
-            elif group.weight is None:
-                grad, *norm_grads = reference.layer_norm_backward(
-                    grad_normed[rows], y[rows], mean[rows], rstd[rows], group.norm_weight
-                )
-                total = grad if upper is None else grad + upper
-                norms = zip(norm_grads, wanted[5:], strict=True)
-                found = [total] * wanted[0] + [g for g, want in norms if want]
-            else:
-                found = stitch_layer_norm_backward(
-                    *(upper, grad_normed[rows], x[rows], *group[:4], group.scaling),
-                    *(y[rows], mean[rows], rstd[rows], group.norm_weight, group.norm_bias),
-                    wanted,
-                )
-            grad_rows, *grads[own] = spread(found, wanted)
-            if grad_x is not None and grad_rows is not None:
-                grad_x[rows] = grad_rows
-        grads[0] = grad_x
-        # A gradient is owed for all that is needed, also of a group that had no rows.
-        return [
-            torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype)
-            for tensor, grad, need in zip((x, *tensors), grads, needs, strict=True)
-            if need and tensor is not None
-        ]
-
-    return run
-
-
-_torch = without_autocast(_one_by_one(_into(reference.stitch), _into(reference.stitch_layer_norm)))
-_torch_backward = without_autocast(
-    _one_by_one_backward(reference.stitch_backward, reference.stitch_layer_norm_backward)
-)
+def _of_stitch(
+    group: StitchGroup,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+    assert group.weight is not None
+    return group.weight, group.bias, group.lora_A, group.lora_B, group.scaling
 
 
 @without_autocast
@@ -378,7 +335,7 @@ def _where_rows_are(
             )
         shape = tuple(group_offsets.shape)
     else:
-        if not all(isinstance(offset, int) for offset in group_offsets):
+        if not all(isinstance(offset, numbers.Integral) for offset in group_offsets):
             raise TypeError(
                 f"group_offsets must be an int64 tensor or integers, but are {group_offsets!r}"
             )

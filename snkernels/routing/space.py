@@ -6,10 +6,12 @@ anchor and may change to the other at up to two of these cuts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Literal
+
+from snkernels.integers import integer, is_one
 
 SMALL, LARGE = 0, 1
 """Indices of the anchors."""
@@ -80,28 +82,35 @@ class StitchingSpace:
     For depth ratios 1 and 2 these are the ids of the official release: for depths (12, 12) and
     (12, 24), 134 routes with ids 0 to 134 without 13. Two spaces of equal depths are equal.
 
+    Attributes:
+        small_depth: Number of blocks of the small anchor.
+        large_depth: Number of blocks of the large anchor.
+        cuts: Boundaries (of S, of L) that cut k = 1 … C pairs; boundary p lies after p blocks. The
+            shallower anchor is cut after every block, the deeper one at the nearest boundary in
+            relative depth (halves up). The last cut is the end of both anchors; no route crosses
+            there.
+        routes: Every route, in the order of ids.
+
     Raises:
-        TypeError: A depth is not an int.
+        TypeError: A depth is no integer.
         ValueError: A depth is below 1.
     """
 
     small_depth: int
     large_depth: int
+    cuts: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    routes: tuple[Route, ...] = field(init=False, repr=False, compare=False)
+    _by_id: dict[int, Route] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, depth in (("small_depth", self.small_depth), ("large_depth", self.large_depth)):
-            if not isinstance(depth, int):
-                raise TypeError(f"{name} must be an int, got {depth!r}")
-            if depth < 1:
-                raise ValueError(f"{name} must be at least 1, got {depth}")
+            object.__setattr__(self, name, integer(name, depth, 1))
+        # Not when first asked for: torch.compile does not get past the lock that this would take.
+        object.__setattr__(self, "cuts", self._cuts())
+        object.__setattr__(self, "routes", self._routes())
+        object.__setattr__(self, "_by_id", {route.id: route for route in self.routes})
 
-    @cached_property
-    def cuts(self) -> tuple[tuple[int, int], ...]:
-        """Boundaries (of S, of L) that cut k = 1 … C pairs; boundary p lies after p blocks.
-
-        The shallower anchor is cut after every block, the deeper one at the nearest boundary in
-        relative depth (halves up). The last cut is the end of both anchors; no route crosses there.
-        """
+    def _cuts(self) -> tuple[tuple[int, int], ...]:
         count = min(self.small_depth, self.large_depth)
 
         def nearest(k: int, depth: int) -> int:
@@ -121,9 +130,7 @@ class StitchingSpace:
         """
         return len(self.cuts), len(self.cuts) - 1
 
-    @cached_property
-    def routes(self) -> tuple[Route, ...]:
-        """Every route, in the order of ids."""
+    def _routes(self) -> tuple[Route, ...]:
         inner = range(1, len(self.cuts))
         pairs = list(combinations(inner, 2))
         paths: list[tuple[int, tuple[int, ...]] | None] = [
@@ -148,22 +155,41 @@ class StitchingSpace:
         segments.append(Segment(anchor, start, self.cuts[-1][anchor]))
         return Route(route_id, tuple(segments), tuple(stitches))
 
-    @cached_property
-    def _by_id(self) -> dict[int, Route]:
-        return {route.id: route for route in self.routes}
-
     def route(self, route_id: int) -> Route:
         """Returns the route of this id.
 
         Raises:
+            TypeError: The id is no integer.
             ValueError: No route has this id; the message names the ids that exist.
         """
+        route_id = integer("route id", route_id)
         try:
             return self._by_id[route_id]
         except KeyError:
             skipped, last = len(self.cuts) + 1, self.routes[-1].id
             valid = f"0–{skipped - 1}" + (f" or {skipped + 1}–{last}" if last > skipped else "")
             raise ValueError(f"route id must be in {valid}, got {route_id!r}") from None
+
+    def named(self, ids: Literal["all"] | Iterable[int], name: str) -> list[Route]:
+        """Returns the routes of these ids, in the order given, or all routes.
+
+        Args:
+            ids: Ids, which may repeat, or "all".
+            name: What the caller calls them; errors name them so.
+
+        Raises:
+            TypeError: ``ids`` is one value, or one of them is no integer.
+            ValueError: No route has one of the ids, there are none, or it is another text.
+        """
+        if isinstance(ids, str) and ids == "all":
+            return list(self.routes)
+        if is_one(ids):
+            kind = ValueError if isinstance(ids, str) else TypeError
+            raise kind(f'{name} must be "all" or route ids, got {ids!r:.80}')
+        routes = [self.route(route_id) for route_id in ids]
+        if not routes:
+            raise ValueError(f"{name} must name at least one route, got none")
+        return routes
 
     def __len__(self) -> int:
         return len(self.routes)
