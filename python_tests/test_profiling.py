@@ -166,6 +166,13 @@ def test_elsewhere_a_copy_is_measured() -> None:
     assert all(p.is_meta for p in far.parameters())
 
 
+def test_a_wrapped_model() -> None:
+    wrapper: Any = torch.nn.DataParallel(pair())
+    assert snkernels.profile(wrapper, [1], rounds=1, seconds=0).seconds(0, 1) > 0
+    with pytest.raises(TypeError, match=r"model must not be wrapped .* model\.compile_blocks\(\)"):
+        snkernels.profile(torch.compile(pair()), [1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -20,6 +20,7 @@ from snkernels.models.blocks import entry_norm, run_block
 from snkernels.models.executor import slices
 from snkernels.models.setting import setting_of, shapes_of
 from snkernels.models.stitched import StitchedViT, eval_mode
+from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
 from snkernels.routing.latency import PARTS, Check, Parts, Profile
 from snkernels.routing.plan import plan
@@ -71,6 +72,7 @@ def profile(
         ValueError: If there are no batch sizes, one of them or ``rounds`` is below 1, ``seconds``
             is no time, no route has an id, or none is to be checked.
     """
+    model = inside(model, compiled=False)
     sizes = sorted({operator.index(size) for size in batch_sizes})
     if not sizes or sizes[0] < 1:
         raise ValueError(f"batch_sizes must be integers of 1 or more, got {list(batch_sizes)}")
