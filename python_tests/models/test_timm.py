@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from snkernels.models.anchors import check_anchor, embed, finish, vit_shape
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
+from snkernels.profiling import profile
 from snkernels.routing.cost import ViTShape
+from snkernels.routing.latency import PARTS
 
 MakeTimm = Callable[..., Any]
 
@@ -197,3 +199,51 @@ def test_our_file_fills_timm_anchors(make_timm: MakeTimm, tmp_path: Path) -> Non
     assert torch.equal(again(images, stitch=2), model(images, stitch=2))
     with pytest.raises(ValueError, match="act of its small anchor is GELU, here it is ReLU"):
         StitchedViT.load(path, pair(act_layer="relu"))
+
+
+@pytest.fixture
+def profiled(make_timm: MakeTimm) -> StitchedViT:
+    """A pair of DeiT3's kind with its own profile, at batch 1 and 3."""
+    model = StitchedViT(make_timm(depth=3, **DEIT3), make_timm(embed_dim=24, depth=6, **DEIT3))
+    model.profile = profile(model, [1, 3], rounds=1, seconds=0)
+    return model
+
+
+def test_every_part_of_a_timm_pair_has_a_latency(profiled: StitchedViT) -> None:
+    measured = profiled.profile
+    assert measured is not None
+    for size, parts in measured.parts.items():
+        for part in PARTS:
+            assert all(seconds > 0 for seconds in getattr(parts, part)), part
+        for route in profiled.routes:
+            start, end = route.segments[0].anchor, route.segments[-1].anchor
+            expected = parts.embed[start] + parts.finish[end]
+            for i, segment in enumerate(route.segments):
+                last = i == len(route.segments) - 1
+                blocks = segment.stop - segment.start - 1
+                expected += blocks * parts.block[segment.anchor]
+                expected += 0 if last else parts.exit[segment.anchor] + parts.switch[segment.anchor]
+            assert measured.seconds(route, size) == pytest.approx(expected)
+    between = measured.seconds(2, 2)
+    ends = measured.seconds(2, 1), measured.seconds(2, 3)
+    assert between == pytest.approx(sum(ends) / 2)
+    assert {check.batch_size for check in measured.checks} == {1, 3}
+    assert all(check.measured > 0 and check.predicted > 0 for check in measured.checks)
+
+
+def test_a_timm_pair_picks_a_route_by_time(profiled: StitchedViT) -> None:
+    measured = profiled.profile
+    assert measured is not None
+    profiled.scores = {route.id: float(route.id) for route in profiled.routes}
+    seconds = {route.id: measured.seconds(route, 3) for route in profiled.routes}
+    for limit in sorted(seconds.values()):
+        chosen = profiled.select(f"{limit * 1.0001!r} s", batch_size=3)
+        fitting = [id for id, cost in seconds.items() if cost <= limit * 1.0001]
+        assert (chosen.route.id, chosen.fitting) == (max(fitting), len(fitting))
+        assert chosen.cost == seconds[chosen.route.id]
+    dearest = max(seconds.values()) * 1.0001
+    images = torch.randn(3, 3, 8, 8)
+    by_budget = profiled.eval()(images, budget=f"{dearest!r} s")
+    assert torch.equal(by_budget, profiled(images, stitch=max(seconds)))
+    with pytest.raises(ValueError, match="budget must reach for a route"):
+        profiled.select(f"{min(seconds.values()) / 2!r} s", batch_size=3)
