@@ -4,9 +4,10 @@
 
 Builds and installs the package, runs the tests on the GPU (every kernel's in a process of its own,
 as a kernel that reads where it must not breaks all later work of its process), writes the record,
-and lets compute-sanitizer look at every kernel. Each stage has a budget; one that fails or is cut
-off does not hold up the others, but a kernel whose tests failed is not timed. At the end stand a
-table of the stages, and in the folder record.json with its table and plot, stages.json and log.txt.
+times the model layer, and lets compute-sanitizer look at every kernel. Each stage has a budget; one
+that fails or is cut off does not hold up the others, but a kernel whose tests failed is not timed.
+At the end stand a table of the stages, and in the folder record.json and model.json with their
+tables and plots, stages.json and log.txt.
 
 It needs pip, a CUDA toolkit, and the packages of ``pip install .[dev]``; nothing is fetched. It has
 never run on a GPU yet: its logic is tested with stages that only pretend.
@@ -245,7 +246,11 @@ def tests() -> list[Stage]:
     pytest = [sys.executable, "-P", "-m", "pytest", "-v", "--tb=short"]
     ops = [*pytest, "-n", "3", "python_tests/ops"]
     device = {"SNKERNELS_TEST_DEVICE": "cuda"}
-    others = ("python_tests/kernels/triton", "python_tests/models/test_on_a_gpu.py")
+    others = (
+        "python_tests/kernels/triton",
+        "python_tests/models/test_on_a_gpu.py",
+        "python_tests/models/test_capture.py",
+    )
     return [
         *(
             Stage(tests_of(op, backend), ops, 170, device | {"SNKERNELS_TEST_KERNEL": kernel})
@@ -270,6 +275,15 @@ def recording(op: str, out: Path, struck: Sequence[str], seconds: float) -> Stag
     return Stage(
         f"record of {op}", [*record, *(["--struck", *struck] if struck else [])], min(75.0, seconds)
     )
+
+
+def modelling(out: Path, struck: Sequence[str], seconds: float) -> Stage:
+    """The model layer on every backend of which no kernel failed its tests."""
+    model = [sys.executable, "-m", "benchmarks.model_gpu", "--out", str(out)]
+    # What has begun by then is finished, and stands in the table.
+    model += ["--limit", f"{max(seconds - 25, seconds / 2):.0f}"]
+    model += ["--struck", *struck] if struck else []
+    return Stage("record of the model", model, seconds)
 
 
 def sanitizers(sanitizer: str) -> list[Stage]:
@@ -316,12 +330,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    record = out / "record.json"
-    record.unlink(missing_ok=True)
+    record, model = out / "record.json", out / "model.json"
+    for path in (record, model):
+        path.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as logs:
         run = Run(Path(logs), options.seconds)
         try:
-            _run(run, record)
+            _run(run, record, model)
         finally:
             run.save(out)
     if record.exists():
@@ -330,20 +345,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(result.outcome == "passed" for result in run.results) else 1
 
 
-def _run(run: Run, record: Path) -> None:
+def _run(run: Run, record: Path, model: Path) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if run.alone(build()).outcome != "passed":
         names = [s.name for s in [*tests(), *preparations()]]
-        names += [f"record of {op}" for op in RECORDED]
+        names += [f"record of {op}" for op in RECORDED] + ["record of the model"]
         for name in [*names, *(f"compute-sanitizer {tool}" for tool in TOOLS)]:
             run.leave_out(name, "the build did not pass")
         return
     run.together([*tests(), *preparations()])
+
+    def spare() -> float:
+        """Whatever the build and the tests took, the sanitizer keeps its time."""
+        return max(5.0, run.left - (SANITIZING if sanitizer else 0.0))
+
     todo = struck(run)
     for i, (op, backends) in enumerate(todo.items()):
-        # Whatever the build and the tests took, the sanitizer keeps its time.
-        spare = run.left - (SANITIZING if sanitizer else 0.0)
-        run.alone(recording(op, record, backends, max(1.0, spare / (len(todo) - i))))
+        run.alone(recording(op, record, backends, spare() / (len(todo) + 1 - i)))
+    failed = sorted({backend for backends in todo.values() for backend in backends})
+    run.alone(modelling(model, failed, spare()))
     if sanitizer is None:
         for tool in TOOLS:
             run.leave_out(f"compute-sanitizer {tool}", "it is not installed")

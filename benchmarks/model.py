@@ -4,11 +4,14 @@
 
 Anchors have the shapes of DeiT III and random weights, images are 224 × 224, all in fp32 on the
 CPU. Run it on a machine that does nothing else: on 2 cores it takes about 25 minutes, with
-``--quick`` 3. Nothing is recorded of results that differ from each route alone.
+``--quick`` 3. Nothing is recorded of results that differ from each route alone. For a GPU there is
+``python -m benchmarks.model_gpu``.
 
 The whole space is timed in rounds: each runs ours once, and a part of the routes one by one in the
-other ways, dealt so that every round has cheap and costly ones and all rounds together have every
-route once. What a round takes is scaled to all routes by its share of the multiply-adds.
+other ways, dealt so that every round has cheap and costly ones. What a round takes is scaled to all
+routes by its share of the multiply-adds. All rounds together have every route once, but for the
+largest case, ``--large``: S-L at batch 8 in two rounds of a sixth of the routes each, which by
+itself takes about 13 minutes.
 """
 
 import argparse
@@ -28,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import machine, model_record, rivals, table
-from benchmarks.model_record import KIND, Comparison, Memory, ModelRecord
+from benchmarks.model_record import KIND, Accuracy, Comparison, Memory, ModelRecord
 from benchmarks.schema import RESULTS
 from benchmarks.timing import Candidate, Samples, Spread, host_timer, interleave, speedup
 from snkernels import PlainViT, StitchedViT
@@ -44,6 +47,17 @@ TOLERANCE = 1e-5
 
 RELEASE = "release's forward"
 OWN = "our single forwards"
+
+WHOLE_SPACE = (
+    "singly: routes that were run one by one in the other ways, over all rounds; what they took is "
+    "scaled to all routes by multiply-adds. arithmetic: how many times fewer multiply-adds ours "
+    "needs. Equal prefixes alone save 2.70 (S-L) and 2.71 times (S-B); the rest is the last block, "
+    "of which a plan, and our single forward too, computes the class token alone."
+)
+MIXTURE = (
+    "The homogeneous batch runs the route whose multiply-adds are nearest to the mean of the 16; "
+    "its time is scaled by what it has more or less."
+)
 
 
 def make(pair: str, rank: int = 64, rates: bool = False) -> StitchedViT:
@@ -145,23 +159,35 @@ class Ways:
         return self.model(images, stitch=route)
 
 
-def whole_space(pair: str, batch: int, rounds: int) -> Comparison:
-    """All routes in one pass, against the release's way and our own forward, route by route."""
+def whole_space(pair: str, batch: int, rounds: int, deal: int | None = None) -> Comparison:
+    """All routes in one pass, against the release's way and our own forward, route by route.
+
+    Args:
+        pair: letters of the anchors.
+        batch: number of images.
+        rounds: how often the whole space is run.
+        deal: into how many parts the routes are dealt, of which each round takes one; as many as
+            there are rounds, if not more.
+    """
+    deal = rounds if deal is None else deal
     model = make(pair)
     ways, images = Ways.of(model), torch.randn(batch, 3, 224, 224)
     by_cost = sorted(model.routes, key=lambda route: route.flops)
     total = sum(route.flops for route in model.routes)
     place = {route.id: i for i, route in enumerate(model.routes)}
     samples: Samples = {"ours": [], RELEASE: [], OWN: []}
+    singly = 0
     with torch.inference_mode():
         model(images[:1], routes="all", max_rows=64)  # merges weights, fills the allocator
         for turn in range(rounds):
-            part = by_cost[turn::rounds]
+            part = by_cost[turn * deal // rounds :: deal]
+            singly += len(part)
             start = time.perf_counter()
             logits = model(images, routes="all")
             samples["ours"].append(time.perf_counter() - start)
             seconds = {RELEASE: 0.0, OWN: 0.0}
-            for route in part:
+            shown = f"whole space, round {turn + 1} of {rounds}: routes one by one"
+            for route in progress_bar(part, shown):
                 for name, run in ((RELEASE, ways.release), (OWN, ways.own)):
                     start = time.perf_counter()
                     alone = run(route.id, images)
@@ -178,16 +204,14 @@ def whole_space(pair: str, batch: int, rounds: int) -> Comparison:
         / plan_flops(made, model, class_token=True),
     )
     least = {"SL": (3.0, 2.7), "SB": (3.3, 2.9)}[pair]
-    return _comparison(
+    return comparison(
         "whole_space",
-        pair,
-        {"batch": batch, "routes": len(model.routes)},
+        "-".join(pair),
+        {"batch": batch, "routes": len(model.routes), "singly": singly},
         samples,
         least=dict(zip((RELEASE, OWN), least, strict=True)),
         arithmetic={RELEASE: whole, OWN: own},
-        note="arithmetic: how many times fewer multiply-adds ours needs. Equal prefixes alone "
-        "save 2.70 (S-L) and 2.71 times (S-B); the rest is the last block, of which a plan, and "
-        "our single forward too, computes the class token alone.",
+        note=WHOLE_SPACE,
     )
 
 
@@ -195,11 +219,8 @@ def mixed_batch(pair: str, rounds: int) -> Comparison:
     """16 images on 16 drawn routes, against single forwards and one homogeneous batch."""
     model = make(pair)
     ways, images = Ways.of(model), torch.randn(16, 3, 224, 224)
-    routes = random.Random(0).sample(model.routes, 16)
-    mean = sum(route.flops for route in routes) / 16
-    middle = min(model.routes, key=lambda route: abs(route.flops - mean))
-    alike = f"homogeneous batch (route {middle.id})"
-    ids = [route.id for route in routes]
+    ids, middle, scale = mixture(model)
+    alike = f"homogeneous batch (route {middle})"
 
     def ours() -> Tensor:
         return model(images, stitch=ids)
@@ -208,9 +229,9 @@ def mixed_batch(pair: str, rounds: int) -> Comparison:
         return lambda: torch.cat([run(id, images[i : i + 1]) for i, id in enumerate(ids)])
 
     def homogeneous() -> float:
-        return timed() * mean / middle.flops
+        return timed() * scale
 
-    timed = host_timer(lambda: model(images, stitch=middle.id))
+    timed = host_timer(lambda: model(images, stitch=middle))
     others = {RELEASE: singles(ways.release), OWN: singles(ways.own)}
     with torch.inference_mode():
         for name, call in others.items():
@@ -225,15 +246,22 @@ def mixed_batch(pair: str, rounds: int) -> Comparison:
             least=rounds,
             warmup=0,
         )
-    return _comparison(
+    return comparison(
         "mixed_batch",
-        pair,
+        "-".join(pair),
         {"batch": 16},
         samples,
         least={RELEASE: 1.2, OWN: 1.2, alike: 0.95},
-        note="The homogeneous batch runs the route whose multiply-adds are nearest to the mean of "
-        "the 16; its time is scaled by what it has more or less.",
+        note=MIXTURE,
     )
+
+
+def mixture(model: StitchedViT) -> tuple[list[int], int, float]:
+    """16 drawn routes; the one nearest to their mean cost; and that mean over its own cost."""
+    routes = random.Random(0).sample(model.routes, 16)
+    mean = sum(route.flops for route in routes) / 16
+    middle = min(model.routes, key=lambda route: abs(route.flops - mean))
+    return [route.id for route in routes], middle.id, mean / middle.flops
 
 
 def one_route(pair: str, route: int, batch: int, rounds: int) -> Comparison:
@@ -255,9 +283,9 @@ def one_route(pair: str, route: int, batch: int, rounds: int) -> Comparison:
             seconds=0,
             least=rounds,
         )
-    return _comparison(
+    return comparison(
         "one_route",
-        pair,
+        "-".join(pair),
         {"route": route, "batch": batch},
         samples,
         least={"hand-written loop": 0.99},
@@ -301,21 +329,23 @@ def stochastic_depth(pair: str, batch: int, rounds: int) -> Comparison:
         least=rounds,
         warmup=0,
     )
-    return _comparison("stochastic_depth", pair, {"batch": batch, "route": route.id}, samples)
+    sizes = {"batch": batch, "route": route.id}
+    return comparison("stochastic_depth", "-".join(pair), sizes, samples)
 
 
-def _comparison(
+def comparison(
     section: str,
-    pair: str,
+    model: str,
     sizes: dict[str, int],
     samples: Samples,
     least: dict[str, float] | None = None,
     arithmetic: dict[str, float] | None = None,
     note: str | None = None,
 ) -> Comparison:
+    """What is recorded of samples that took turns."""
     return Comparison(
         section=section,
-        model="-".join(pair),
+        model=model,
         sizes=sizes,
         rounds=len(samples["ours"]),
         seconds={name: Spread.of(values) for name, values in samples.items()},
@@ -377,8 +407,14 @@ def _resident(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def jobs(quick: bool) -> Iterator[Callable[[], Comparison | Memory]]:
+Job = Callable[[], Comparison | Memory | Accuracy]
+
+
+def jobs(quick: bool, large: bool) -> Iterator[Job]:
     """What a run measures, one after another."""
+    if large:
+        yield lambda: whole_space("SL", 8, 2, deal=6)
+        return
     if quick:
         yield lambda: whole_space("SB", 1, 2)
         yield lambda: mixed_batch("SB", 3)
@@ -402,36 +438,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where something is not as it must be."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu-DATE-model.json")
-    parser.add_argument("--quick", action="store_true", help="S-B alone, few rounds")
+    parser.add_argument("--out", type=Path, help="default: in benchmarks/results")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="S-B alone, few rounds")
+    which.add_argument(
+        "--large", action="store_true", help="the whole space of S-L at batch 8 alone"
+    )
     options = parser.parse_args(arguments)
     if native.IMPORT_ERROR is not None:
         sys.exit(f"the compiled module did not import: {native.IMPORT_ERROR}")
-    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    out = options.out or RESULTS / f"cpu-{now:%Y-%m-%d}-model.json"
-    (commit, dirty), described = machine.commit(), machine.describe()
-    results = [job() for job in progress_bar(list(jobs(options.quick)), "model benchmarks")]
-    record = ModelRecord(
+    command = shlex.join(["python", "-m", "benchmarks.model", *arguments])
+    record = new_record(command)
+    name = f"cpu-{record.date[:10]}-model{'-large' if options.large else ''}.json"
+    return run(list(jobs(options.quick, options.large)), record, options.out or RESULTS / name)
+
+
+def new_record(command: str, device: str = "cpu", dtype: str = "float32") -> ModelRecord:
+    """A record of this machine that holds no results yet."""
+    commit, dirty = machine.commit()
+    return ModelRecord(
         kind=KIND,
-        date=now.isoformat(),
-        command=shlex.join(["python", "-m", "benchmarks.model", *arguments]),
+        date=datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat(),
+        command=command,
         commit=commit,
         dirty=dirty,
         threads=torch.get_num_threads(),
-        machine=described,
+        machine=machine.describe(),
         versions=machine.versions(),
-        comparisons=[one for one in results if isinstance(one, Comparison)],
-        memory=[one for one in results if isinstance(one, Memory)],
+        comparisons=[],
+        memory=[],
+        device=device,
+        dtype=dtype,
     )
-    record.save(out)
-    table.write(out)
-    model_record.plot(out)
-    print(model_record.markdown(record))
-    print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
-    missed = list(misses(record))
-    for miss in missed:
-        print(miss, file=sys.stderr)
-    return 1 if missed else 0
+
+
+def run(todo: Sequence[Job], record: ModelRecord, out: Path, limit: float | None = None) -> int:
+    """Adds what jobs measure to a record, and writes it after each, so that nothing is lost.
+
+    Args:
+        todo: the jobs.
+        record: where the results go.
+        out: the file.
+        limit: seconds after which no job begins any more; None for all jobs.
+
+    Returns:
+        1 where a job broke, time ran out, or something is not as it must be.
+    """
+    begin, failures = time.perf_counter(), []
+    for i, job in enumerate(progress_bar(todo, "model benchmarks")):
+        if limit is not None and time.perf_counter() > begin + limit:
+            failures.append(f"no time was left for {len(todo) - i} of {len(todo)} measurements")
+            break
+        try:
+            record.add(job())
+        except Exception as error:  # the others can still be measured
+            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            continue
+        record.save(out)
+    if record:
+        table.write(out)
+        model_record.plot(out)
+        print(model_record.markdown(record))
+        print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
+    failures += misses(record)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def misses(record: ModelRecord) -> Iterator[str]:

@@ -16,6 +16,9 @@ TITLES = {
     "one_route": "One route as a plan",
     "stochastic_depth": "A training step in which dropped samples skip their branch",
     "memory": "Memory of a pass over the whole space",
+    "replay": "A captured forward, replayed, against its eager launch",
+    "launch": "What the CPU needs to launch a forward, without waiting for the GPU",
+    "accuracy": "Latency of every route, predicted from its parts, against its own runs",
 }
 
 
@@ -51,8 +54,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """How well a profile predicts routes: the share within 10 %, and relative errors."""
+
+    model: str
+    batch: int
+    routes: int
+    within: float
+    median: float
+    p95: float
+    worst: float
+
+
+@dataclass(frozen=True)
 class ModelRecord:
-    """One run of ``python -m benchmarks.model``. Times are in seconds."""
+    """One run of ``python -m benchmarks.model`` or ``model_gpu``. Times are in seconds.
+
+    ``dtype`` is that of autocast on a GPU, where parameters are float32.
+    """
 
     kind: str
     date: str
@@ -64,6 +83,22 @@ class ModelRecord:
     versions: dict[str, str | None]
     comparisons: list[Comparison]
     memory: list[Memory]
+    accuracy: list[Accuracy] = dataclasses.field(default_factory=list)
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def add(self, result: Comparison | Memory | Accuracy) -> None:
+        """Adds a result."""
+        kinds: dict[type, list[Any]] = {
+            Comparison: self.comparisons,
+            Memory: self.memory,
+            Accuracy: self.accuracy,
+        }
+        kinds[type(result)].append(result)
+
+    def __bool__(self) -> bool:
+        """Whether it holds a result."""
+        return bool(self.comparisons or self.memory or self.accuracy)
 
     def save(self, path: Path) -> None:
         """Writes JSON."""
@@ -84,6 +119,8 @@ class ModelRecord:
                 raise ValueError(f"{path} must be a record of kind {KIND!r}, but is not")
             data["comparisons"] = [_comparison(one) for one in data["comparisons"]]
             data["memory"] = [Memory(**one) for one in data["memory"]]
+            # Records from before there was any hold none.
+            data["accuracy"] = [Accuracy(**one) for one in data.get("accuracy", ())]
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a record of the model: {error}") from error
@@ -105,23 +142,28 @@ def is_model_record(path: Path) -> bool:
 
 def markdown(record: ModelRecord, section: str | None = None) -> str:
     """The tables of a record, or of one of its sections."""
-    present = [one.section for one in record.comparisons] + ["memory"] * bool(record.memory)
+    present = {one.section for one in record.comparisons}
+    present |= {name for name in ("memory", "accuracy") if getattr(record, name)}
     chosen = [name for name in TITLES if name in present and section in (None, name)]
     if not chosen:
         raise ValueError(f"section must be one of the record's, but it is {section!r}")
     commit = "no commit" if record.commit is None else f"commit {record.commit[:10]}"
+    where = f"{record.machine['cpu']}, {record.threads} threads"
+    if record.device != "cpu":
+        where = record.machine["gpu"]["name"]
     parts = [
-        f"{record.machine['cpu']}, {record.threads} threads, float32; "
+        f"{where}, {record.dtype}{' by autocast' if record.device != 'cpu' else ''}; "
         f"torch {record.versions['torch']}; {commit}{' with changes' if record.dirty else ''}; "
         f"{record.date[:10]}; load before the run {record.machine['load_average']}. "
         f"`{record.command}`"
     ]
     for name in chosen:
-        table = (
-            _memory(record.memory)
-            if name == "memory"
-            else _table([one for one in record.comparisons if one.section == name])
-        )
+        if name == "memory":
+            table = _memory(record.memory)
+        elif name == "accuracy":
+            table = _accuracy(record.accuracy)
+        else:
+            table = _table([one for one in record.comparisons if one.section == name])
         parts.append(f"**{TITLES[name]}**\n\n{table}")
         notes = {one.note for one in record.comparisons if one.section == name and one.note}
         parts += sorted(notes)
@@ -167,6 +209,15 @@ def _memory(memory: list[Memory]) -> str:
         f"{_lines(rows)}\n\nWhat a pass adds to the model, at rank 0: of other ranks each stitch "
         "also keeps its merged weight, and copies to tell whether that still holds."
     )
+
+
+def _accuracy(accuracy: list[Accuracy]) -> str:
+    rows = [["model", "batch", "routes", "within 10 %", "median error", "95 % within", "worst"]]
+    rows.append(["---", *["---:"] * 6])
+    for one in accuracy:
+        shares = (f"{share:.1%}" for share in (one.within, one.median, one.p95, one.worst))
+        rows.append([one.model, str(one.batch), str(one.routes), *shares])
+    return _lines(rows)
 
 
 def _lines(rows: list[list[str]]) -> str:

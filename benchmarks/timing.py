@@ -104,7 +104,9 @@ def host_timer(call: Callable[[], object], clock: Clock = time.perf_counter) -> 
     return sample
 
 
-def gpu_timer(replay: Callable[[], object], calls: int) -> Callable[[], float]:
+def gpu_timer(
+    replay: Callable[[], object], calls: int, replays: int = _REPLAYS
+) -> Callable[[], float]:
     """A sample by GPU events, per call, of a replay that makes that many.
 
     Replays queue up behind the first, so that the GPU waits for the CPU once in many.
@@ -113,11 +115,11 @@ def gpu_timer(replay: Callable[[], object], calls: int) -> Callable[[], float]:
 
     def sample() -> float:
         start.record()
-        for _ in range(_REPLAYS):
+        for _ in range(replays):
             replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / (_REPLAYS * calls)
+        return start.elapsed_time(end) / 1e3 / (replays * calls)
 
     return sample
 

@@ -107,7 +107,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/" + name)
     monkeypatch.setattr(gpu, "GRACE", 0.2)
-    for name in ("build", "recording"):
+    for name in ("build", "recording", "modelling"):
         original = getattr(gpu, name)
         monkeypatch.setattr(gpu, name, lambda *a, original=original: pretend(original(*a)))
     for name in ("tests", "preparations", "sanitizers"):
@@ -138,6 +138,8 @@ def test_a_kernel_whose_tests_fail_is_not_timed_and_the_rest_goes_on(
     assert struck.keys() == set(gpu.RECORDED)
     assert "'--struck', 'cuda'" in struck["stitch_layer_norm"]
     assert not any("--struck" in s for op, s in struck.items() if op != "stitch_layer_norm")
+    (model,) = (s for s in (tmp_path / "log.txt").read_text().splitlines() if "model_gpu" in s)
+    assert "model.json'" in model and "'--struck', 'cuda'" in model
     table = capsys.readouterr().out.rstrip().splitlines()[-len(found) - 2 : -2]
     assert all(line.startswith(name) for line, name in zip(table, found, strict=True))
 
@@ -148,7 +150,7 @@ def test_without_a_build_nothing_runs(stages: dict[str, str], tmp_path: Path) ->
     found = outcomes(tmp_path)
     assert found.pop("build") == "failed"
     assert set(found.values()) == {"left out"}
-    assert {"record of stitch", "compute-sanitizer memcheck"} < found.keys()
+    assert {"record of stitch", "record of the model", "compute-sanitizer memcheck"} < found.keys()
 
 
 def test_tests_that_were_cut_off_strike_a_kernel_only_if_one_had_failed(

@@ -33,6 +33,45 @@ def test_every_comparison_checks_and_times(capsys: pytest.CaptureFixture[str]) -
     assert measured["peak_rows"] <= 8
 
 
+def test_the_whole_space_in_few_rounds_runs_some_routes_singly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    singly: list[int] = []
+    own = model.Ways.own
+    monkeypatch.setattr(model.Ways, "own", lambda *args: singly.append(args[1]) or own(*args))
+    some = model.whole_space("SL", 2, 2, deal=6)
+    assert some.sizes == {"batch": 2, "routes": 22, "singly": len(singly)}
+    assert (some.rounds, len(singly)) == (2, 8)
+    costs = {route.id: route.flops for route in model.make("SL").routes}
+    places = [sorted(costs, key=costs.__getitem__).index(id) for id in singly]
+    assert places == [0, 6, 12, 18, 3, 9, 15, 21]
+    singly.clear()
+    whole = model.whole_space("SL", 2, 3)
+    assert sorted(singly) == sorted(costs) and whole.sizes["singly"] == 22
+
+
+def test_a_run_goes_on_where_a_measurement_breaks(
+    record: ModelRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [lambda: record.comparisons[1], lambda: 1 // 0, lambda: record.memory[0]]
+    made = dataclasses.replace(record, comparisons=[], memory=[])
+    assert model.run(jobs, made, tmp_path / "a.json") == 1
+    assert ModelRecord.load(tmp_path / "a.json") == dataclasses.replace(
+        record, comparisons=record.comparisons[1:]
+    )
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_the_largest_case_is_asked_for_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple] = []
+    monkeypatch.setattr(model, "whole_space", lambda *args, **options: done.append((args, options)))
+    for job in model.jobs(quick=False, large=True):
+        job()
+    assert done == [(("SL", 8, 2), {"deal": 6})]
+
+
 @pytest.mark.parametrize("broken", ["release_block", "fused_loop"])
 def test_no_speed_of_wrong_results(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(rivals, broken)

@@ -5,9 +5,10 @@ None of this has run on a GPU yet; on a CPU its logic is tested with a stand-in 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +20,31 @@ from snkernels.models.anchors import image_shape
 if TYPE_CHECKING:
     from snkernels.models.stitched import StitchedViT
 
-# Graphs of one model take turns, so what they compute in between may lie in one place.
-_POOLS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+class _Shared(NamedTuple):
+    """What the graphs of one model have in common.
+
+    They take turns, so what they compute in between may lie in one place.  The allocator hands
+    memory on only within one stream, and takes a pool for good whose last graph is gone; hence the
+    stream, and a graph without work that stays.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+    keeper: torch.cuda.CUDAGraph
+
+    @classmethod
+    def make(cls) -> _Shared:
+        """Make it on the current device."""
+        shared = cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(), torch.cuda.CUDAGraph())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph is empty
+            with torch.cuda.graph(shared.keeper, pool=shared.pool, stream=shared.stream):
+                pass
+        return shared
+
+
+_SHARED: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 
 
 class CapturedForward:
@@ -41,11 +65,12 @@ class CapturedForward:
     def __init__(self, model: nn.Module, images: Tensor, arguments: dict[str, Any]) -> None:
         self._images = images
         self._parameters = [
-            (owner._parameters, name, f"{prefix}.{name}", parameter.data_ptr())
+            (owner._parameters, name, f"{prefix}.{name}")
             for prefix, owner in model.named_modules()
             for name, parameter in owner._parameters.items()
             if parameter is not None
         ]
+        self._captured_at = self._addresses()
         with torch.inference_mode(), uncached_autocast("cuda"):
             self._replay, self._logits = _record(lambda: model(self._images, **arguments), model)
 
@@ -79,14 +104,22 @@ class CapturedForward:
                 f"images must have shape {tuple(self._images.shape)}, as captured, "
                 f"got {tuple(images.shape)}"
             )
-        for owner, name, path, pointer in self._parameters:
-            parameter = owner[name]
-            if parameter is None or parameter.data_ptr() != pointer:
-                raise RuntimeError(f"{path} was moved since the forward was captured: capture anew")
+        addresses = self._addresses()
+        if addresses != self._captured_at:
+            pairs = zip(self._parameters, addresses, self._captured_at, strict=True)
+            path = next(path for (*_, path), now, then in pairs if now != then)
+            raise RuntimeError(f"{path} was moved since the forward was captured: capture anew")
         with torch.inference_mode():
             self._images.copy_(images)
             self._replay()
         return self._logits.clone()
+
+    def _addresses(self) -> list[int]:
+        """Where the parameters are, 0 for one that is gone."""
+        return [
+            0 if (parameter := owner[name]) is None else parameter.data_ptr()
+            for owner, name, _ in self._parameters
+        ]
 
 
 @contextmanager
@@ -106,15 +139,16 @@ def uncached_autocast(device: str) -> Iterator[None]:
 
 def _record(call: Callable[[], Tensor], model: nn.Module) -> tuple[Callable[[], None], Tensor]:
     """Capture a call; return its replay, and the output that each replay fills."""
-    if model not in _POOLS:
-        _POOLS[model] = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream()
+    shared = _SHARED.get(model)
+    if shared is None or shared.stream.device_index != torch.cuda.current_device():
+        shared = _SHARED[model] = _Shared.make()
+    stream = shared.stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):  # what is compiled, planned or allocated once must not be captured
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_POOLS[model], stream=stream):
+    with torch.cuda.graph(graph, pool=shared.pool, stream=stream):
         logits = call()
     return graph.replay, logits
