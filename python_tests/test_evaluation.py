@@ -167,6 +167,7 @@ IMAGES, LABELS = torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
     [
         ([], ValueError, "at least one image"),
         ([(IMAGES[:0], LABELS[:0])], ValueError, "at least one image"),
+        (None, TypeError, "loader must be an iterable, such as a DataLoader, got NoneType"),
         ([IMAGES], TypeError, r"\(images, labels\), got Tensor"),
         ([(IMAGES, [0, 1, 2])], TypeError, "labels must be a tensor, got list"),
         ([(IMAGES.byte(), LABELS)], TypeError, "images must be floating point, got torch.uint8"),

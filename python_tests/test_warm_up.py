@@ -167,7 +167,7 @@ def test_compiled_kernels_are_listed_and_other_hooks_still_called() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([], "batch_sizes must hold at least one size, but it is empty"),
+        ([], "batch_sizes must hold at least one integer, got none"),
         (0, "each of batch_sizes must be at least 1, got 0"),
         ([4, -1], "each of batch_sizes must be at least 1, got -1"),
         ([4, 2.0], "each of batch_sizes must be an integer, got 2.0, a float"),

@@ -235,6 +235,9 @@ def evaluate(
     shared = resume is not None or collectives.world_size() > 1
     with collectives.agreed():
         model = inside(model)
+        if not isinstance(loader, Iterable):
+            kind = type(loader).__name__
+            raise TypeError(f"loader must be an iterable, such as a DataLoader, got {kind}")
         wanted = _wanted(model, routes)
         order = batch_order(loader) if shared else None
         facts = _facts(model, wanted, loader, order) if shared else {}

@@ -30,6 +30,20 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def integers(name: str, values: Any, least: int | None = None) -> list[int]:
+    """Return what a caller gave for one integer or some, each once, in the order given.
+
+    Raises:
+        TypeError: If one is no integer.
+        ValueError: If one is below ``least``, or there are none.
+    """
+    given = [values] if is_one(values) else values
+    found = list(dict.fromkeys(integer(f"each of {name}", value, least) for value in given))
+    if not found:
+        raise ValueError(f"{name} must hold at least one integer, got none")
+    return found
+
+
 def is_one(value: Any) -> bool:
     """Whether this is one value and not several: a text is, and a tensor or array of no dims."""
     if isinstance(value, str) or not isinstance(value, Iterable):

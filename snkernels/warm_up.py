@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from snkernels.integers import integer, is_one
+from snkernels.integers import integers
 from snkernels.models.anchors import image_shape
 from snkernels.models.modes import restored_modes
 from snkernels.models.stitched import StitchedViT
@@ -82,10 +82,7 @@ def warmup(
         RuntimeError: a CUDA graph is being captured.
     """
     model = inside(model, compiled=False)
-    given: Any = [batch_sizes] if is_one(batch_sizes) else batch_sizes
-    sizes = list(dict.fromkeys(integer("each of batch_sizes", size, 1) for size in given))
-    if not sizes:
-        raise ValueError("batch_sizes must hold at least one size, but it is empty")
+    sizes = integers("batch_sizes", batch_sizes, 1)
     like = next(model.parameters())
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
