@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,7 +364,8 @@ def make(
 ) -> Callable[..., StitchedViT]:
     def build(**options: Any) -> StitchedViT:
         small = make_vit(init_values=None, mlp_ratio=2.0, drop_path_rate=0.1)
-        model = StitchedViT(small, make_vit(depth=4, embed_dim=24), 3, **options).eval()
+        large = make_vit(depth=4, embed_dim=24)
+        model = StitchedViT(small, large, np.int64(3), **options).eval()
         randomise(model)
         return model
 
@@ -381,7 +383,7 @@ def assert_equal_states(a: State, b: State) -> None:
 
 
 def test_our_file_builds_the_same_model(make: Make, tmp_path: Path) -> None:
-    model = make(seed=3, gap=1.0, tilt=True, draws="equal_cost")
+    model = make(seed=np.int64(3), gap=1.0, tilt=True, draws="equal_cost")
     for _ in range(5):
         model.sampler.draw()
     model.save(tmp_path / "model.safetensors")

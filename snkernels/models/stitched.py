@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from snkernels import collectives
 from snkernels.integers import integer, is_one
 from snkernels.layers import StitchingLayer
-from snkernels.models import checkpoint
-from snkernels.models.anchors import Anchor, check_images, check_pair, describe
+from snkernels.models import checkpoint, model_file
+from snkernels.models.anchors import Anchor, check_images, check_pair
 from snkernels.models.capture import CapturedForward
 from snkernels.models.executor import execute
 from snkernels.models.least_squares import fit
@@ -89,7 +88,7 @@ class StitchedViT(nn.Module):
         super().__init__()
         check_pair(small, large)
         self.anchors = nn.ModuleList([small, large])
-        self.rank = rank
+        self.rank = rank = integer("rank", rank, 0)
         self.space = StitchingSpace(len(small.blocks), len(large.blocks))
         widths = (small.embed_dim, large.embed_dim)
         like = next(small.parameters())
@@ -382,19 +381,7 @@ class StitchedViT(nn.Module):
         Raises:
             OSError: If the file cannot be written.
         """
-        anchors = [
-            {**describe(vit), "arguments": getattr(vit, "config", None)} for vit in self.anchors
-        ]
-        config = {
-            "anchors": anchors,
-            "rank": self.rank,
-            "sampling": self._sampling,
-            "sampler": self.sampler.state_dict(),
-            "notes": dict(notes or {}),
-            "scores": self._scores,
-            "profile": None if self._profile is None else self._profile.to_json(),
-        }
-        checkpoint.write(path, self.state_dict(), config)
+        model_file.save(self, path, notes)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Load a file that ``save`` wrote into this model; dtypes and devices stay.
@@ -404,46 +391,7 @@ class StitchedViT(nn.Module):
             ValueError: If it is truncated, foreign, or of another model or one that samples
                 otherwise (``gap``, ``tilt``, ``draws``); this model is then as it was.
         """
-        tensors, config = checkpoint.read(path)
-        self._check_fit(str(path), tensors, config)
-        self._fill(tensors, config)
-
-    def _check_fit(self, path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        """Check that ``_fill`` can take over what ``checkpoint.read`` found in ``path``."""
-        for name, vit, saved in zip(
-            ("small", "large"), self.anchors, config["anchors"], strict=True
-        ):
-            for fact, value in describe(vit).items():
-                if saved[fact] != value:
-                    raise ValueError(
-                        f"{path} does not fit this model: {fact} of its {name} anchor is "
-                        f"{saved[fact]}, here it is {value}"
-                    )
-        for setting, value in self._sampling.items():
-            if config["sampling"][setting] != value:
-                raise ValueError(
-                    f"{path} does not fit this model: {setting} of its sampling is "
-                    f"{config['sampling'][setting]!r}, here it is {value!r}"
-                )
-        checkpoint.check_tensors(path, tensors, self.state_dict())
-        with checkpoint.building(path):
-            copy.copy(self.sampler).load_state_dict(config["sampler"])
-            self._measured(config)
-
-    def _fill(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-        self.load_state_dict(tensors)
-        self.sampler.load_state_dict(config["sampler"])
-        self._scores, self._profile = self._measured(config)
-
-    def _measured(self, config: dict[str, Any]) -> tuple[dict[int, float] | None, Profile | None]:
-        """Return the scores and the profile in the config of a file, checked."""
-        scores, profile = config["scores"], config["profile"]
-        if scores is not None:
-            scores = check_scores({int(key): score for key, score in scores.items()}, self.space)
-        if profile is not None:
-            profile = Profile.from_json(profile)
-            profile.check_model(shapes_of(self))
-        return scores, profile
+        model_file.restore(self, path)
 
     @classmethod
     def load(
@@ -463,24 +411,7 @@ class StitchedViT(nn.Module):
             ValueError: If the file is truncated, foreign, or does not fit the anchors, which are
                 then as they were.
         """
-        tensors, config = checkpoint.read(path)
-        if anchors is None:
-            if any(saved["arguments"] is None for saved in config["anchors"]):
-                kinds = " and ".join(saved["class"] for saved in config["anchors"])
-                raise TypeError(f"anchors must be given: those in {path} are {kinds}")
-        else:
-            check_pair(*anchors)
-        with checkpoint.building(path):
-            small, large = anchors or (
-                PlainViT(**saved["arguments"]) for saved in config["anchors"]
-            )
-            model = cls(small, large, config["rank"], **config["sampling"])
-        model._check_fit(str(path), tensors, config)
-        for key, parameter in model.named_parameters():
-            if key in tensors:
-                parameter.data = parameter.data.to(tensors[key].dtype)
-        model._fill(tensors, config)
-        return model
+        return model_file.load(cls, path, anchors)
 
     def _anchor(self, index: int) -> Anchor:
         return self.anchors[index]

@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
+from snkernels.integers import integer
 from snkernels.routing.space import LARGE, SMALL
 
 Draws: TypeAlias = Literal["own", "shared", "equal_cost"]
@@ -83,6 +84,7 @@ class RouteSampler:
             it, so that no rank waits for one with a costlier route.
 
     Raises:
+        TypeError: ``seed`` is no integer.
         ValueError: ``draws`` is none of these; see also `cost_groups` and `default_gap`.
     """
 
@@ -102,7 +104,7 @@ class RouteSampler:
         self._weights = [i + 1 if tilt else 1 for i in range(1, len(self.groups) + 1)]
         self._group_stream = f"rank {rank}" if draws == "own" else "shared"
         self._route_stream = "shared" if draws == "shared" else f"rank {rank}"
-        self._seed = seed
+        self._seed = integer("seed", seed)
         self._draws = 0
 
     def draw(self) -> int:
