@@ -33,7 +33,8 @@ from typing import Literal
 import torch
 
 import snkernels.ops  # noqa: F401 - fills OFFERED
-from benchmarks import targets
+from benchmarks import model_record, targets
+from benchmarks.model_record import ModelRecord
 from benchmarks.schema import Record
 from snkernels.ops.library import OFFERED
 
@@ -341,6 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.save(out)
     if record.exists():
         print("\nWhat an H200 must reach:", *targets.lines(Record.load(record)), sep="\n")
+    if model.exists():
+        missed = list(model_record.misses(ModelRecord.load(model)))
+        print("\nWhat the model layer missed:", *(missed or ["nothing"]), sep="\n")
     print(f"\n{run.table()}\n\nWrote {out}")
     return 0 if all(result.outcome == "passed" for result in run.results) else 1
 

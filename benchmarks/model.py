@@ -500,21 +500,10 @@ def run(todo: Sequence[Job], record: ModelRecord, out: Path, limit: float | None
         model_record.plot(out)
         print(model_record.markdown(record))
         print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
-    failures += misses(record)
+    failures += model_record.misses(record)
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
-
-
-def misses(record: ModelRecord) -> Iterator[str]:
-    """What of a record is not as it must be."""
-    for one in record.comparisons:
-        for name, least in one.least.items():
-            if (median := one.speedup[name].median) < least:
-                yield f"{one.section}, {one.model}, {one.sizes}: {median} of {least} over {name}"
-    for used in record.memory:
-        if used.bytes > used.bound:
-            yield f"memory, max_rows {used.max_rows}: {used.bytes} bytes of {used.bound}"
 
 
 if __name__ == "__main__":

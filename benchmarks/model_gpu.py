@@ -86,7 +86,7 @@ class Bench:
             AssertionError: a call is less exact than the release's forward under autocast.
         """
         forward = self.release(images, ids)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             exact = forward().double()
         release = self.eager(forward)()
         for name, call in calls.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,17 @@ def is_model_record(path: Path) -> bool:
     """Whether a file is of this kind rather than a record of ops."""
     data = json.loads(path.read_text(encoding="utf-8"))
     return isinstance(data, dict) and "kind" in data
+
+
+def misses(record: ModelRecord) -> Iterator[str]:
+    """What of a record is not as it must be."""
+    for one in record.comparisons:
+        for name, least in one.least.items():
+            if (median := one.speedup[name].median) < least:
+                yield f"{one.section}, {one.model}, {one.sizes}: {median} of {least} over {name}"
+    for used in record.memory:
+        if used.bytes > used.bound:
+            yield f"memory, max_rows {used.max_rows}: {used.bytes} bytes of {used.bound}"
 
 
 def markdown(record: ModelRecord, section: str | None = None) -> str:

@@ -141,7 +141,7 @@ def test_a_record_its_table_its_plot_and_what_it_missed(
     assert "whole space" not in table.readme(readme, tmp_path)
     model_record.plot(path)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    misses = list(model.misses(record))
+    misses = list(model_record.misses(record))
     assert len(misses) == 2
     assert "2.0 of 2.5 over release" in misses[0]
     assert "max_rows 16" in misses[1]
