@@ -33,10 +33,13 @@ from snkernels.kernels import disassembly
 from snkernels.kernels.triton import (
     launch,
     multi_stitch,
+    multi_stitch_backward,
     residual_layer_norm,
     stitch,
     stitch_layer_norm,
 )
+from snkernels.kernels.triton.groups import Parameter
+from snkernels.kernels.triton.operands import Operand
 from snkernels.progress import progress_bar
 from snkernels.text import aligned
 
@@ -189,7 +192,7 @@ class Build:
 
 
 def _projected(a: Mapping[str, Any]) -> int:
-    return int(a["M"] * a["N"] * (a["K"] + (0 if a["p_low"] is None else a["R"])))
+    return int(a["M"] * a["N"] * (a["K"] + (0 if a["low"] is None else a["R"])))
 
 
 # Multiply-adds of a launch by its named arguments, twice that in FLOPs; other kernels only move
@@ -203,8 +206,6 @@ MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "_outer_groups_kernel": lambda a: a["M"] * a["P"] * a["Q"],
 }
 
-# Arguments that stand for one such tensor of each group.
-OF_EACH_GROUP = ("p_w", "p_bias", "p_b", "p_gamma", "p_beta")
 GROUPS = 8
 
 
@@ -292,7 +293,7 @@ def launch_groups(shape: Shape, numbers: Numbers, rows: int = ROWS, groups: int 
         y, _, mean, rstd = multi_stitch.multi_stitch_forward(
             *operands, shape.out_features, normalize, 1e-6
         )
-        multi_stitch.multi_stitch_backward(
+        multi_stitch_backward.multi_stitch_backward(
             grad, grad if normalize else None, *operands, y, mean, rstd, [True] * (1 + len(tensors))
         )
 
@@ -334,11 +335,7 @@ def _launch(kernel: Any, args: Sequence[Any], shape: str, arch: int, dtype: str)
     """What one launch must move and compute, from its arguments."""
     name, chip = kernel.fn.__name__, CHIPS[arch]
     named = dict(zip(kernel.arg_names, args, strict=False))
-    moved = sum(
-        value.numel() * value.itemsize * (named.get("groups", 1) if key in OF_EACH_GROUP else 1)
-        for key, value in named.items()
-        if isinstance(value, Tensor)
-    )
+    moved = sum(_bytes(value, named.get("groups", 1)) for value in args)
     count = MULTIPLY_ADDS.get(name)
     flops = 0 if count is None else 2 * count(named)
     times = {
@@ -348,6 +345,18 @@ def _launch(kernel: Any, args: Sequence[Any], shape: str, arch: int, dtype: str)
     bound = max(times, key=lambda kind: times[kind])
     sizes = {key: n for key, n in named.items() if key in ("M", "N", "K", "R", "P", "Q", "groups")}
     return Launch(shape, sizes, moved, flops, round(times[bound] * 1e6, 2), bound)
+
+
+def _bytes(argument: Any, groups: int) -> int:
+    """What an argument of a launch holds in memory; of a parameter each group has one."""
+    match argument:
+        case Tensor():
+            return argument.numel() * argument.itemsize
+        case Operand(data=data):
+            return _bytes(data, groups)
+        case Parameter(one=one, table=table):
+            return groups * _bytes(one, groups) + _bytes(table, groups)
+    return 0
 
 
 def _build(

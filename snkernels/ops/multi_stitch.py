@@ -220,7 +220,7 @@ _backward_op = register(
     implementations={
         "torch": _checked(_torch_backward, 2),
         "cpu": _checked(native.multi_stitch_backward, 2),
-        "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_backward"), 2),
+        "triton": _checked(triton_kernel("multi_stitch_backward", "multi_stitch_backward"), 2),
         # Only the forward is compiled so far; its residuals are those of the torch backend.
         "cuda": _checked(_torch_backward, 2),
     },

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from snkernels.backends import use_backend
 from snkernels.kernels.triton import configs
-from snkernels.kernels.triton.multi_stitch import multi_stitch_backward, multi_stitch_forward
+from snkernels.kernels.triton.multi_stitch import multi_stitch_forward
+from snkernels.kernels.triton.multi_stitch_backward import multi_stitch_backward
 from snkernels.ops import StitchGroup, multi_stitch
 
 SHAPE = Shape(40, 20, 24, 4)

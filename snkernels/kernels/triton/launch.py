@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Runner = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], None]
 
@@ -13,7 +12,7 @@ Runner = Callable[[Any, tuple[int, ...], Sequence[Any], Mapping[str, Any]], None
 def _run(
     kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: Mapping[str, Any]
 ) -> None:
-    device = args[0].device
+    device = next(arg.device for arg in args if hasattr(arg, "device"))
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **options)
@@ -23,7 +22,7 @@ _runner: Runner = _run
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches on the device of the first argument, a tensor, and on torch's current stream."""
+    """Launches on the device of the first tensor among ``args``, on torch's current stream."""
     # Triton's own default for fusion is about to change: the same bits from every version.
     _runner(kernel, grid, args, {"enable_fp_fusion": True, **options})
 
@@ -37,11 +36,6 @@ def launches_go_to(runner: Runner) -> Iterator[None]:
         yield
     finally:
         _runner = previous
-
-
-def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """The strides of a tensor of ``dims`` dimensions, or as many zeros for an absent one."""
-    return (0,) * dims if tensor is None else tensor.stride()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

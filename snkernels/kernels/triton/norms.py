@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from snkernels.kernels.triton.operands import store_tile
+
 
 @triton.jit
 def normalize(y, m_n, N, eps):
@@ -14,19 +16,19 @@ def normalize(y, m_n, N, eps):
 
 
 @triton.jit
-def columns(p_vector, o_n, N, stride, ABSENT: tl.constexpr):
+def columns(vector, o_n, N, ABSENT: tl.constexpr):
     """Values ``o_n`` of a vector as a row in fp32; ABSENT where it is None."""
-    if p_vector is None:
+    if vector is None:
         return ABSENT
     else:
-        return tl.load(p_vector + o_n * stride, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        values = tl.load(vector.data + o_n * vector.strides[0], mask=o_n < N, other=0.0)
+        return values.to(tl.float32)[None, :]
 
 
 @triton.jit
-def affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta):
+def affine(normed, gamma, beta, o_n, N):
     """Columns ``o_n`` of normed · gamma + beta, of which either may be None."""
-    gamma = columns(p_gamma, o_n, N, stride_gamma, 1.0)
-    return normed * gamma + columns(p_beta, o_n, N, stride_beta, 0.0)
+    return normed * columns(gamma, o_n, N, 1.0) + columns(beta, o_n, N, 0.0)
 
 
 @triton.jit
@@ -40,3 +42,45 @@ def normalize_backward(weighted, y, mean, rstd, mask, N):
     along_normalized = tl.sum(weighted * normalized, 1) / N
     grad = weighted - along_mean[:, None] - normalized * along_normalized[:, None]
     return rstd[:, None] * grad, normalized
+
+
+@triton.jit
+def store_rows(
+    tiles,
+    p_y,
+    p_normed,
+    p_mean,
+    p_rstd,
+    gamma,
+    beta,
+    row,
+    M,
+    N,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Stores BLOCK_M whole rows of y from ``row`` on, held as tiles, of LN(y), its statistics."""
+    dtype = p_y.dtype.element_ty
+    o_m = row + tl.arange(0, BLOCK_M)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    y = ()
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(TILES):
+        y += (tiles[i].to(dtype),)
+        # Columns past the last hold zeros: weight and bias are zero there.
+        total += tl.sum(y[i].to(tl.float32), 1)
+        store_tile(p_y, y[i], o_m, o_n + i * BLOCK_N, M, N)
+    mean = total / N
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(TILES):
+        centred = y[i].to(tl.float32) - mean[:, None]
+        squares += tl.sum(tl.where(o_n[None, :] + i * BLOCK_N < N, centred * centred, 0.0), 1)
+    rstd = tl.rsqrt(squares / N + eps)
+    tl.store(p_mean + o_m, mean, mask=o_m < M)
+    tl.store(p_rstd + o_m, rstd, mask=o_m < M)
+    for i in tl.static_range(TILES):
+        normed = (y[i].to(tl.float32) - mean[:, None]) * rstd[:, None]
+        normed = affine(normed, gamma, beta, o_n + i * BLOCK_N, N)
+        store_tile(p_normed, normed, o_m, o_n + i * BLOCK_N, M, N)

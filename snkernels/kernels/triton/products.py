@@ -3,103 +3,94 @@
 import triton
 import triton.language as tl
 
+from snkernels.kernels.triton.norms import columns
+from snkernels.kernels.triton.operands import Operand, at
+
 
 @triton.jit
 def project_tiles(
-    p_x,
-    p_w,
-    p_bias,
-    p_low,
-    p_b,
-    o_m,
-    o_n,
+    x,
+    w,
+    bias,
+    low,
+    b,
+    row,
+    column,
     M,
     N,
     K,
     R,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_bias,
-    stride_low,
-    stride_bn,
-    stride_br,
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Rows ``o_m`` of x wᵀ + low bᵀ + bias, a tuple of TILES tiles of columns from ``o_n`` on.
+    """BLOCK_M rows of x w + low b + bias from ``row`` on, TILES tiles of columns from ``column``.
 
-    Products are in the dtype of x. ``low`` is (M, R) in fp32, with adjacent columns.
+    x (M, K), w (K, N), bias (N,), low (M, R) in fp32 and b (R, N) are operands, of which bias and
+    low may be None. Products are in the dtype of x. ``row`` and ``column`` are int64.
     """
-    BLOCK_N: tl.constexpr = o_n.shape[0]
+    o_m = row + tl.arange(0, BLOCK_M)
+    o_n = column + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_m = o_m[:, None] < M
-    p_x += o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-    p_w += o_n[None, :] * stride_wn + o_k[:, None] * stride_wk
-    step_x = tl.cast(stride_xk, tl.int64) * BLOCK_K
-    step_w = tl.cast(stride_wk, tl.int64) * BLOCK_K
-    tile_w = tl.cast(stride_wn, tl.int64) * BLOCK_N
+    p_x = at(x, o_m, o_k)
+    p_w = at(w, o_k, o_n)
+    step_x = tl.cast(x.strides[1], tl.int64) * BLOCK_K
+    step_w = tl.cast(w.strides[0], tl.int64) * BLOCK_K
+    tile_w = tl.cast(w.strides[1], tl.int64) * BLOCK_N
     tiles = ()
     for _ in tl.static_range(TILES):
-        tiles += (tl.zeros([o_m.shape[0], BLOCK_N], tl.float32),)
+        tiles += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
     for k in range(0, K, BLOCK_K):
         m_k = o_k < K - k
-        x = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+        x_tile = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
         sums = ()
         for i in tl.static_range(TILES):
             m_w = m_k[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-            w = tl.load(p_w + i * tile_w, mask=m_w, other=0.0).to(x.dtype)
-            sums += (tl.dot(x, w, tiles[i], input_precision=PRECISION),)
+            w_tile = tl.load(p_w + i * tile_w, mask=m_w, other=0.0).to(x_tile.dtype)
+            sums += (tl.dot(x_tile, w_tile, tiles[i], input_precision=PRECISION),)
         tiles = sums
         p_x += step_x
         p_w += step_w
 
-    if p_low is not None:
+    if low is not None:
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
-        p_low += o_m[:, None] * stride_low + o_r[None, :]
-        p_b += o_n[None, :] * stride_bn + o_r[:, None] * stride_br
-        step_b = tl.cast(stride_br, tl.int64) * BLOCK_R
-        tile_b = tl.cast(stride_bn, tl.int64) * BLOCK_N
+        p_low = at(low, o_m, o_r)
+        p_b = at(b, o_r, o_n)
+        step_b = tl.cast(b.strides[0], tl.int64) * BLOCK_R
+        tile_b = tl.cast(b.strides[1], tl.int64) * BLOCK_N
         for r in range(0, R, BLOCK_R):
             m_r = o_r < R - r
-            low = tl.load(p_low, mask=m_m & m_r[None, :], other=0.0)
+            low_tile = tl.load(p_low, mask=m_m & m_r[None, :], other=0.0)
             sums = ()
             for i in tl.static_range(TILES):
                 m_b = m_r[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-                b = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(p_x.dtype.element_ty)
-                sums += (dot_wide_left(tiles[i], low, b, PRECISION),)
+                b_tile = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(x.data.dtype.element_ty)
+                sums += (dot_wide_left(tiles[i], low_tile, b_tile, PRECISION),)
             tiles = sums
             p_low += tl.cast(BLOCK_R, tl.int64)
             p_b += step_b
 
-    if p_bias is not None:
+    if bias is not None:
         sums = ()
         for i in tl.static_range(TILES):
-            o_bias = o_n + i * BLOCK_N
-            bias = tl.load(p_bias + o_bias * stride_bias, mask=o_bias < N, other=0.0)
-            sums += (tiles[i] + bias.to(tl.float32)[None, :],)
+            sums += (tiles[i] + columns(bias, o_n + i * BLOCK_N, N, 0.0),)
         tiles = sums
     return tiles
 
 
 @triton.jit
 def outer_tile(
-    p_left,
-    p_right,
-    p_out,
+    left,
+    right,
+    out,
     start,
     end,
     P,
     Q,
-    stride_lm,
-    stride_lp,
-    stride_rm,
-    stride_rq,
-    stride_op,
-    stride_oq,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -107,7 +98,7 @@ def outer_tile(
 ):
     """Stores the tile program_id(0) of leftᵀ right over rows ``start`` to ``end``, both int64.
 
-    Products are in the dtype of left.
+    left (M, P), right (M, Q) and out (P, Q) are operands. Products are in the dtype of left.
     """
     blocks_q = tl.cdiv(Q, BLOCK_Q)
     pid = tl.program_id(0)
@@ -116,24 +107,24 @@ def outer_tile(
     o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_p = o_p < P
     m_q = o_q < Q
-    p_left += o_p[:, None] * stride_lp + o_m[None, :] * stride_lm
-    p_right += o_m[:, None] * stride_rm + o_q[None, :] * stride_rq
-    step_left = tl.cast(stride_lm, tl.int64) * BLOCK_M
-    step_right = tl.cast(stride_rm, tl.int64) * BLOCK_M
+    p_left = at(Operand(left.data, (left.strides[1], left.strides[0])), o_p, o_m)
+    p_right = at(right, o_m, o_q)
+    step_left = tl.cast(left.strides[0], tl.int64) * BLOCK_M
+    step_right = tl.cast(right.strides[0], tl.int64) * BLOCK_M
 
     acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
     for m in range(0, (end - start).to(tl.int32), BLOCK_M):
         m_m = o_m < end - m
-        left = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
-        right = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
-        if right.dtype == tl.float32:
-            acc = dot_wide_right(acc, left, right, PRECISION)
+        left_tile = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
+        right_tile = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
+        if right_tile.dtype == tl.float32:
+            acc = dot_wide_right(acc, left_tile, right_tile, PRECISION)
         else:
-            acc = tl.dot(left, right.to(left.dtype), acc, input_precision=PRECISION)
+            right_tile = right_tile.to(left_tile.dtype)
+            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
         p_left += step_left
         p_right += step_right
-    p_out += o_p[:, None] * stride_op + o_q[None, :] * stride_oq
-    tl.store(p_out, acc, mask=m_p[:, None] & m_q[None, :])
+    tl.store(at(out, o_p, o_q), acc, mask=m_p[:, None] & m_q[None, :])
 
 
 @triton.jit

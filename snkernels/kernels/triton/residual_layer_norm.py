@@ -18,29 +18,31 @@ from torch import Tensor
 
 from snkernels.kernels.native import norm_outputs
 from snkernels.kernels.triton import configs
-from snkernels.kernels.triton.launch import launch, strides
+from snkernels.kernels.triton.launch import launch
 from snkernels.kernels.triton.norms import affine, columns, normalize, normalize_backward
+from snkernels.kernels.triton.operands import at, operand
 from snkernels.kernels.triton.sums import sum_partials
 
 
 @triton.jit
-def _of_samples(p_drop_path, o_m, m_m, each, stride):
+def _of_samples(drop_path, o_m, m_m, each):
     """What stochastic depth multiplies rows ``o_m`` by: samples are ``each`` rows long."""
-    if p_drop_path is None:
+    if drop_path is None:
         return 1.0
     else:
-        scale = tl.load(p_drop_path + o_m // each * stride, mask=m_m, other=0.0)
+        p_scale = drop_path.data + o_m // each * drop_path.strides[0]
+        scale = tl.load(p_scale, mask=m_m, other=0.0)
         return scale.to(tl.float32)[:, None]
 
 
 @triton.jit(do_not_specialize=["M", "each"])
 def _normalize_kernel(
-    p_h,
-    p_branch,
-    p_layer_scale,
-    p_drop_path,
-    p_gamma,
-    p_beta,
+    h,
+    branch,
+    layer_scale,
+    drop_path,
+    gamma,
+    beta,
     p_total,
     p_normed,
     p_mean,
@@ -49,14 +51,6 @@ def _normalize_kernel(
     N,
     each,
     eps,
-    stride_hm,
-    stride_hn,
-    stride_bm,
-    stride_bn,
-    stride_layer,
-    stride_drop,
-    stride_gamma,
-    stride_beta,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -66,18 +60,16 @@ def _normalize_kernel(
     m_n = o_n < N
     m_m = o_m < M
     mask = m_m[:, None] & m_n[None, :]
-    p_h += o_m[:, None] * stride_hm + o_n[None, :] * stride_hn
     tile = o_m[:, None] * N + o_n[None, :]
-    total = tl.load(p_h, mask=mask, other=0.0)
-    if p_branch is not None:
-        p_branch += o_m[:, None] * stride_bm + o_n[None, :] * stride_bn
-        branch = tl.load(p_branch, mask=mask, other=0.0).to(tl.float32)
-        branch *= columns(p_layer_scale, o_n, N, stride_layer, 1.0)
-        branch *= _of_samples(p_drop_path, o_m, m_m, each, stride_drop)
-        total = (total.to(tl.float32) + branch).to(p_total.dtype.element_ty)
+    total = tl.load(at(h, o_m, o_n), mask=mask, other=0.0)
+    if branch is not None:
+        added = tl.load(at(branch, o_m, o_n), mask=mask, other=0.0).to(tl.float32)
+        added *= columns(layer_scale, o_n, N, 1.0)
+        added *= _of_samples(drop_path, o_m, m_m, each)
+        total = (total.to(tl.float32) + added).to(p_total.dtype.element_ty)
         tl.store(p_total + tile, total, mask=mask)
     normed, mean, rstd = normalize(total.to(tl.float32), m_n, N, eps)
-    normed = affine(normed, p_gamma, p_beta, o_n, N, stride_gamma, stride_beta)
+    normed = affine(normed, gamma, beta, o_n, N)
     tl.store(p_normed + tile, normed.to(p_normed.dtype.element_ty), mask=mask)
     tl.store(p_mean + o_m, mean, mask=m_m)
     tl.store(p_rstd + o_m, rstd, mask=m_m)
@@ -86,14 +78,14 @@ def _normalize_kernel(
 @triton.jit(do_not_specialize=["M", "each", "chunk"])
 def _normalize_backward_kernel(
     p_total,
-    p_grad_total,
-    p_grad_normed,
-    p_branch,
-    p_layer_scale,
-    p_drop_path,
+    grad_total,
+    grad_normed,
+    branch,
+    layer_scale,
+    drop_path,
     p_mean,
     p_rstd,
-    p_gamma,
+    gamma,
     p_grad_h,
     p_grad_branch,
     p_layer_sums,
@@ -103,15 +95,6 @@ def _normalize_backward_kernel(
     N,
     each,
     chunk,
-    stride_tm,
-    stride_tn,
-    stride_nm,
-    stride_nn,
-    stride_bm,
-    stride_bn,
-    stride_layer,
-    stride_drop,
-    stride_gamma,
     stride_sums,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -126,8 +109,8 @@ def _normalize_backward_kernel(
     o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     m_n = o_n < N
     end = tl.minimum((pid + 1) * chunk, M)
-    gamma = columns(p_gamma, o_n, N, stride_gamma, 1.0)
-    layer_scale = columns(p_layer_scale, o_n, N, stride_layer, 1.0)
+    by_gamma = columns(gamma, o_n, N, 1.0)
+    by_layer = columns(layer_scale, o_n, N, 1.0)
     # Rows are added up value by value, and across warps once, at the end.
     layer_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gamma_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -138,33 +121,28 @@ def _normalize_backward_kernel(
         mask = m_m[:, None] & m_n[None, :]
         tile = rows[:, None] * N + o_n[None, :]
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if p_grad_total is not None:
-            p_rows = p_grad_total + rows[:, None] * stride_tm + o_n[None, :] * stride_tn
-            grad = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
-        if p_branch is not None:
-            p_rows = p_branch + rows[:, None] * stride_bm + o_n[None, :] * stride_bn
-            branch = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
-        if p_grad_normed is not None:
-            p_rows = p_grad_normed + rows[:, None] * stride_nm + o_n[None, :] * stride_nn
-            grad_normed = tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
+        if grad_total is not None:
+            grad = tl.load(at(grad_total, rows, o_n), mask=mask, other=0.0).to(tl.float32)
+        if branch is not None:
+            added = tl.load(at(branch, rows, o_n), mask=mask, other=0.0).to(tl.float32)
+        if grad_normed is not None:
+            upper = tl.load(at(grad_normed, rows, o_n), mask=mask, other=0.0).to(tl.float32)
             total = tl.load(p_total + tile, mask=mask, other=0.0).to(tl.float32)
             mean = tl.load(p_mean + rows, mask=m_m, other=0.0)
             rstd = tl.load(p_rstd + rows, mask=m_m, other=0.0)
-            by_norm, normalized = normalize_backward(
-                grad_normed * gamma, total, mean, rstd, mask, N
-            )
+            by_norm, normalized = normalize_backward(upper * by_gamma, total, mean, rstd, mask, N)
             grad += by_norm
             if p_gamma_sums is not None:
-                gamma_sums += grad_normed * normalized
+                gamma_sums += upper * normalized
             if p_beta_sums is not None:
-                beta_sums += grad_normed
+                beta_sums += upper
         if p_grad_h is not None:
             tl.store(p_grad_h + tile, grad.to(p_grad_h.dtype.element_ty), mask=mask)
-        scaled = grad * _of_samples(p_drop_path, rows, m_m, each, stride_drop)
+        scaled = grad * _of_samples(drop_path, rows, m_m, each)
         if p_layer_sums is not None:
-            layer_sums += scaled * branch if p_branch is not None else scaled
+            layer_sums += scaled * added if branch is not None else scaled
         if p_grad_branch is not None:
-            scaled *= layer_scale
+            scaled *= by_layer
             tl.store(p_grad_branch + tile, scaled.to(p_grad_branch.dtype.element_ty), mask=mask)
     row = pid * stride_sums + o_n
     if p_layer_sums is not None:
@@ -194,12 +172,7 @@ def normalize_rows(
     launch(
         _normalize_kernel,
         (triton.cdiv(rows, config["BLOCK_M"]),),
-        h,
-        branch,
-        layer_scale,
-        drop_path_scale,
-        norm_weight,
-        norm_bias,
+        *map(operand, (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)),
         total,
         normed,
         mean,
@@ -208,12 +181,6 @@ def normalize_rows(
         features,
         _rows_of_each(rows, drop_path_scale),
         eps,
-        *h.stride(),
-        *strides(branch, 2),
-        *strides(layer_scale, 1),
-        *strides(drop_path_scale, 1),
-        *strides(norm_weight, 1),
-        *strides(norm_bias, 1),
         **config,
     )
 
@@ -244,18 +211,16 @@ def normalize_rows_backward(
     wanted = [dtype for dtype in vectors if dtype is not None]
     partial = torch.empty((chunks, len(wanted), features), dtype=torch.float32, device=total.device)
     columns = iter(partial.unbind(1))
+    if vectors[0] is None:
+        branch = None  # nothing needs it
     launch(
         _normalize_backward_kernel,
         (chunks,),
         total,
-        grad_total,
-        grad_normed,
-        None if vectors[0] is None else branch,
-        layer_scale,
-        drop_path_scale,
+        *map(operand, (grad_total, grad_normed, branch, layer_scale, drop_path_scale)),
         mean,
         rstd,
-        norm_weight,
+        operand(norm_weight),
         grad_h,
         grad_branch,
         *(None if dtype is None else next(columns) for dtype in vectors),
@@ -263,12 +228,6 @@ def normalize_rows_backward(
         features,
         _rows_of_each(rows, drop_path_scale),
         chunk,
-        *strides(grad_total, 2),
-        *strides(grad_normed, 2),
-        *strides(branch, 2),
-        *strides(layer_scale, 1),
-        *strides(drop_path_scale, 1),
-        *strides(norm_weight, 1),
         partial.stride(0),
         **config,
     )

@@ -16,88 +16,57 @@ import triton.language as tl
 from torch import Tensor
 
 from snkernels.kernels.triton import configs
-from snkernels.kernels.triton.launch import dot_precision, launch, strides
+from snkernels.kernels.triton.launch import dot_precision, launch
+from snkernels.kernels.triton.operands import Operand, operand, store_tile
 from snkernels.kernels.triton.products import outer_tile, project_tiles
 from snkernels.kernels.triton.sums import column_sums, sum_rows
 
 
 @triton.jit(do_not_specialize=["M"])
 def _project_kernel(
-    p_x,
-    p_w,
-    p_bias,
-    p_low,
-    p_b,
+    x,
+    w,
+    bias,
+    low,
+    b,
     p_y,
     M,
     N,
     K,
     R,
     scaling,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_bias,
-    stride_bn,
-    stride_br,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of y = scaling · (x wᵀ + low bᵀ + bias)."""
+    """One tile of y = scaling · (x w + low b + bias)."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     # Tiles of the same rows run side by side, so that x comes from L2 all but once.
     pid = tl.program_id(0)
-    o_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = (pid // blocks_n).to(tl.int64) * BLOCK_M
+    column = (pid % blocks_n).to(tl.int64) * BLOCK_N
     (y,) = project_tiles(
-        p_x,
-        p_w,
-        p_bias,
-        p_low,
-        p_b,
-        o_m,
-        o_n,
-        M,
-        N,
-        K,
-        R,
-        stride_xm,
-        stride_xk,
-        stride_wn,
-        stride_wk,
-        stride_bias,
-        R,
-        stride_bn,
-        stride_br,
-        PRECISION,
-        BLOCK_K,
-        BLOCK_R,
+        *(x, w, bias, low, b, row, column, M, N, K, R),
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
         TILES=1,
     )
-    y *= scaling
-    mask = (o_m[:, None] < M) & (o_n[None, :] < N)
-    tl.store(p_y + o_m[:, None] * N + o_n[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+    o_m = row + tl.arange(0, BLOCK_M)
+    o_n = column + tl.arange(0, BLOCK_N)
+    store_tile(p_y, y * scaling, o_m, o_n, M, N)
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _outer_kernel(
-    p_left,
-    p_right,
+    left,
+    right,
     p_out,
     M,
     P,
     Q,
     chunk,
-    stride_lm,
-    stride_lp,
-    stride_rm,
-    stride_rq,
-    stride_op,
-    stride_oq,
+    strides_out,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -105,25 +74,9 @@ def _outer_kernel(
 ):
     """out[i] = leftᵀ right over the i-th chunk of rows."""
     chunk_id = tl.program_id(1).to(tl.int64)
-    outer_tile(
-        p_left,
-        p_right,
-        p_out + chunk_id * P * Q,
-        chunk_id * chunk,
-        tl.minimum((chunk_id + 1) * chunk, M),
-        P,
-        Q,
-        stride_lm,
-        stride_lp,
-        stride_rm,
-        stride_rq,
-        stride_op,
-        stride_oq,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_P,
-        BLOCK_Q,
-    )
+    out = Operand(p_out + chunk_id * P * Q, strides_out)
+    start, end = chunk_id * chunk, tl.minimum((chunk_id + 1) * chunk, M)
+    outer_tile(left, right, out, start, end, P, Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q)
 
 
 def project(
@@ -146,21 +99,17 @@ def project(
     launch(
         _project_kernel,
         (tiles,),
-        x,
-        weight,
-        bias,
-        low,
-        lora_B,
+        operand(x),
+        operand(weight, transposed=True),
+        operand(bias),
+        operand(low),
+        operand(lora_B, transposed=True),
         y,
         rows,
         out_features,
         in_features,
         0 if low is None else low.shape[1],
         scaling,
-        *x.stride(),
-        *weight.stride(),
-        *strides(bias, 1),
-        *strides(lora_B, 2),
         PRECISION=precision,
         **config,
     )
@@ -193,21 +142,17 @@ def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = Fa
     tiles = triton.cdiv(height, config["BLOCK_P"]) * triton.cdiv(width, config["BLOCK_Q"])
     chunks = max(1, min(256 // tiles, rows // (2 * config["BLOCK_M"])))
     partial = torch.empty((chunks, *shape), dtype=torch.float32, device=left.device)
-    stride_p, stride_q = (1, height) if transposed else (width, 1)
     launch(
         _outer_kernel,
         (tiles, chunks),
-        left,
-        right,
+        operand(left),
+        operand(right),
         partial,
         rows,
         height,
         width,
         triton.cdiv(rows, chunks),
-        *left.stride(),
-        *right.stride(),
-        stride_p,
-        stride_q,
+        (1, height) if transposed else (width, 1),
         PRECISION=precision,
         **config,
     )

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from snkernels.kernels.native import norm_outputs
 from snkernels.kernels.triton import configs
-from snkernels.kernels.triton.launch import dot_precision, launch, strides
-from snkernels.kernels.triton.norms import affine
+from snkernels.kernels.triton.launch import dot_precision, launch
+from snkernels.kernels.triton.norms import store_rows
+from snkernels.kernels.triton.operands import operand
 from snkernels.kernels.triton.products import project_tiles
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows, normalize_rows_backward
 from snkernels.kernels.triton.stitch import like, low_rank, project, stitch_backward
@@ -26,13 +27,13 @@ from snkernels.kernels.triton.stitch import like, low_rank, project, stitch_back
 
 @triton.jit(do_not_specialize=["M"])
 def _row_kernel(
-    p_x,
-    p_w,
-    p_bias,
-    p_low,
-    p_b,
-    p_gamma,
-    p_beta,
+    x,
+    w,
+    bias,
+    low,
+    b,
+    gamma,
+    beta,
     p_y,
     p_normed,
     p_mean,
@@ -42,15 +43,6 @@ def _row_kernel(
     K,
     R,
     eps,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_bias,
-    stride_bn,
-    stride_br,
-    stride_gamma,
-    stride_beta,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,98 +51,13 @@ def _row_kernel(
     TILES: tl.constexpr,
 ):
     """Whole rows of y and LN(y), held as TILES tiles of columns."""
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M
     tiles = project_tiles(
-        p_x,
-        p_w,
-        p_bias,
-        p_low,
-        p_b,
-        o_m,
-        o_n,
-        M,
-        N,
-        K,
-        R,
-        stride_xm,
-        stride_xk,
-        stride_wn,
-        stride_wk,
-        stride_bias,
-        R,
-        stride_bn,
-        stride_br,
-        PRECISION,
-        BLOCK_K,
-        BLOCK_R,
-        TILES,
+        *(x, w, bias, low, b, row, tl.cast(0, tl.int64), M, N, K, R),
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TILES),
     )
-    store_rows(
-        tiles,
-        p_y,
-        p_normed,
-        p_mean,
-        p_rstd,
-        p_gamma,
-        p_beta,
-        o_m,
-        o_n,
-        M,
-        N,
-        eps,
-        stride_gamma,
-        stride_beta,
-        TILES,
-    )
-
-
-@triton.jit
-def store_rows(
-    tiles,
-    p_y,
-    p_normed,
-    p_mean,
-    p_rstd,
-    p_gamma,
-    p_beta,
-    o_m,
-    o_n,
-    M,
-    N,
-    eps,
-    stride_gamma,
-    stride_beta,
-    TILES: tl.constexpr,
-):
-    """Stores whole rows of y, held as tiles, of LN(y) and of its statistics."""
-    BLOCK_N: tl.constexpr = o_n.shape[0]
-    dtype = p_y.dtype.element_ty
-    m_m = o_m[:, None] < M
-    p_y += o_m[:, None] * N
-    p_normed += o_m[:, None] * N
-    y = ()
-    total = tl.zeros([o_m.shape[0]], tl.float32)
-    for i in tl.static_range(TILES):
-        columns = o_n + i * BLOCK_N
-        y += (tiles[i].to(dtype),)
-        # Columns past the last hold zeros: weight and bias are zero there.
-        total += tl.sum(y[i].to(tl.float32), 1)
-        tl.store(p_y + columns[None, :], y[i], mask=m_m & (columns[None, :] < N))
-    mean = total / N
-    squares = tl.zeros([o_m.shape[0]], tl.float32)
-    for i in tl.static_range(TILES):
-        centred = y[i].to(tl.float32) - mean[:, None]
-        squares += tl.sum(tl.where(o_n[None, :] + i * BLOCK_N < N, centred * centred, 0.0), 1)
-    rstd = tl.rsqrt(squares / N + eps)
-    tl.store(p_mean + o_m, mean, mask=o_m < M)
-    tl.store(p_rstd + o_m, rstd, mask=o_m < M)
-    for i in tl.static_range(TILES):
-        columns = o_n + i * BLOCK_N
-        normed = (y[i].to(tl.float32) - mean[:, None]) * rstd[:, None]
-        normed = affine(normed, p_gamma, p_beta, columns, N, stride_gamma, stride_beta)
-        mask = m_m & (columns[None, :] < N)
-        tl.store(p_normed + columns[None, :], normed.to(dtype), mask=mask)
+    outputs = p_y, p_normed, p_mean, p_rstd
+    store_rows(tiles, *outputs, gamma, beta, row, M, N, eps, BLOCK_M, BLOCK_N, TILES)
 
 
 def stitch_layer_norm_forward(
@@ -174,13 +81,13 @@ def stitch_layer_norm_forward(
         launch(
             _row_kernel,
             (triton.cdiv(rows, config["BLOCK_M"]),),
-            x,
-            weight,
-            bias,
-            low,
-            lora_B,
-            norm_weight,
-            norm_bias,
+            operand(x),
+            operand(weight, transposed=True),
+            operand(bias),
+            operand(low),
+            operand(lora_B, transposed=True),
+            operand(norm_weight),
+            operand(norm_bias),
             y,
             normed,
             mean,
@@ -190,12 +97,6 @@ def stitch_layer_norm_forward(
             in_features,
             0 if low is None else low.shape[1],
             eps,
-            *x.stride(),
-            *weight.stride(),
-            *strides(bias, 1),
-            *strides(lora_B, 2),
-            *strides(norm_weight, 1),
-            *strides(norm_bias, 1),
             PRECISION=dot_precision(x.dtype),
             **config,
         )

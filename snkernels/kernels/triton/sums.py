@@ -9,31 +9,30 @@ from torch import Tensor
 
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.launch import launch
+from snkernels.kernels.triton.operands import at, operand
 
 
 @triton.jit
-def sum_of_rows(p_in, o_n, start, end, N, stride_m, stride_n, BLOCK_M: tl.constexpr):
+def sum_of_rows(matrix, o_n, start, end, N, BLOCK_M: tl.constexpr):
     """The fp32 sums of columns ``o_n`` over rows ``start`` to ``end``, both int64."""
     o_m = start + tl.arange(0, BLOCK_M)
-    p_in += o_m[:, None] * stride_m + o_n[None, :] * stride_n
-    step = tl.cast(stride_m, tl.int64) * BLOCK_M
+    p_rows = at(matrix, o_m, o_n)
+    step = tl.cast(matrix.strides[0], tl.int64) * BLOCK_M
     acc = tl.zeros([BLOCK_M, o_n.shape[0]], tl.float32)
     for m in range(0, (end - start).to(tl.int32), BLOCK_M):
         mask = (o_m[:, None] + m < end) & (o_n[None, :] < N)
-        acc += tl.load(p_in, mask=mask, other=0.0).to(tl.float32)
-        p_in += step
+        acc += tl.load(p_rows, mask=mask, other=0.0).to(tl.float32)
+        p_rows += step
     return tl.sum(acc, 0)
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
 def _sum_rows_kernel(
-    p_in,
+    matrix,
     p_out,
     M,
     N,
     chunk,
-    stride_m,
-    stride_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -41,7 +40,7 @@ def _sum_rows_kernel(
     pid = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.minimum((pid + 1) * chunk, M)
-    total = sum_of_rows(p_in, o_n, pid * chunk, end, N, stride_m, stride_n, BLOCK_M)
+    total = sum_of_rows(matrix, o_n, pid * chunk, end, N, BLOCK_M)
     tl.store(p_out + pid * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
 
 
@@ -53,12 +52,11 @@ def sum_rows(matrix: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
     launch(
         _sum_rows_kernel,
         (triton.cdiv(width, config["BLOCK_N"]), chunks),
-        matrix,
+        operand(matrix),
         sums,
         rows,
         width,
         triton.cdiv(rows, chunks),
-        *matrix.stride(),
         **config,
     )
     return sums
