@@ -54,8 +54,15 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_R": (16, 32, 64),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
+        "TMA": (0, 1),
     },
-    "row": {"BLOCK_K": (32, 64), "BLOCK_R": (16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "row": {
+        "BLOCK_K": (32, 64),
+        "BLOCK_R": (16, 32),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "TMA": (0, 1),
+    },
     "outer": {
         "BLOCK_M": (32, 64, 128),
         "BLOCK_P": (64, 128),

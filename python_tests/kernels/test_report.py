@@ -1,6 +1,7 @@
 """The Triton kernels as compiled for GPUs, in processes of their own: this one interprets them."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -79,6 +80,10 @@ def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     for build in builds:
         assert not report.faults(build)
         assert build.ctas_per_sm >= 1
+    # What can load by TMA is there both ways.
+    loads = {(build.kernel, build.tma > 0) for build in builds if "TMA" in build.options}
+    kinds = (False, True) if arch >= 90 else (False,)
+    assert loads == set(itertools.product(("_project_kernel", "_row_kernel"), kinds))
     tiled = [b for b in builds if b.kernel in ("_project_kernel", "_outer_kernel")]
     # Grouped kernels hold a tile of an fp32 W that they cast, which leaves room for one alone.
     assert min(b.ctas_per_sm for b in tiled) >= (2 if (arch, dtype) == (90, "bf16") else 1)
@@ -128,6 +133,8 @@ warm_up = lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **
 
 def launch_all(shape, numbers, rows):
     report.launch_stitches(shape, numbers, rows)
+    with report.by_tma():
+        report.launch_stitches(shape, numbers, rows)
     report.launch_groups(shape, numbers, rows, groups=1 + rows % 7)
     report.launch_residual(shape.out_features, numbers, rows)
 
@@ -153,6 +160,7 @@ print(len(keys))
         ({"shared": 232449}, "takes 232449 bytes of shared memory of 232448"),
         ({"wgmma": 0, "mma_sync": 64}, "multiplies without wgmma"),
         ({"arch": 80}, "multiplies without mma_sync"),
+        ({"options": {"TMA": 1}}, "was to load by TMA, and has no such instruction"),
         ({"serialised": True}, "its wgmma are serialised"),
         ({"narrow_addresses": 3}, "computes 3 addresses in 32 bits"),
     ],

@@ -2,11 +2,12 @@
 
 ``python -m snkernels.kernels.report`` lets the launchers of the Triton kernels run at the paper's
 shapes, on tensors without memory, and compiles what they would launch, with their very
-configurations; the CUDA kernels it reads from the compiled module, where that has them. Of each it
-tells registers, spilled bytes, shared memory, tensor-core and TMA instructions, wgmma that the
-assembler serialised, addresses that would overflow, how many CTAs fit on an SM, and the least time
-that its bytes and FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with
-status 1 where a kernel has one of the :func:`faults`.
+configurations, and with loads by TMA beside those by pointers where that is a choice; the CUDA
+kernels it reads from the compiled module, where that has them. Of each it tells registers, spilled
+bytes, shared memory, tensor-core and TMA instructions, wgmma that the assembler serialised,
+addresses that would overflow, how many CTAs fit on an SM, and the least time that its bytes and
+FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with status 1 where a kernel
+has one of the :func:`faults`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,9 +29,11 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from snkernels.kernels import disassembly
 from snkernels.kernels.triton import (
+    configs,
     launch,
     multi_stitch,
     multi_stitch_backward,
@@ -60,6 +63,7 @@ class Chip:
     tensor_core: str
     bandwidth: float
     flops: dict[str, float]
+    tma: bool = True
     registers: int = 65536
     warps: int = 64
     ctas: int = 32
@@ -83,6 +87,7 @@ CHIPS = {
         "mma_sync",
         2.04e12,
         {"half": 312e12, "tf32": 156e12, "fp32": 19.5e12},
+        tma=False,
     ),
     90: Chip(
         "H100 SXM",
@@ -219,6 +224,8 @@ def faults(build: Build) -> list[str]:
         found.append(f"takes {build.shared} bytes of shared memory of {chip.shared_per_cta}")
     if build.multiplies and build.dtype != "fp32" and not getattr(build, chip.tensor_core):
         found.append(f"multiplies without {chip.tensor_core}")
+    if build.options.get("TMA") and not build.tma:
+        found.append("was to load by TMA, and has no such instruction")
     if build.serialised:
         found.append("its wgmma are serialised")
     if build.narrow_addresses:
@@ -253,6 +260,12 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
         if launched not in found[compiled.hash].launches:
             found[compiled.hash].launches.append(launched)
 
+    def compile_if_by_tma(
+        kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: Mapping[str, Any]
+    ) -> None:
+        if options.get("TMA"):
+            compile_instead(kernel, grid, args, options)
+
     triton.runtime.driver.set_active(NoGpu(arch))
     torch.backends.cuda.matmul.fp32_precision = DTYPES[dtype].precision
     with launch.launches_go_to(compile_instead):
@@ -263,7 +276,19 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
         for width in sorted({shape.out_features for shape in shapes}):
             label = str(width)
             launch_residual(width, DTYPES[dtype])
+    if CHIPS[arch].tma:
+        with launch.launches_go_to(compile_if_by_tma), by_tma():
+            for shape in shapes:
+                label = str(shape)
+                launch_stitches(shape, DTYPES[dtype])
     return sorted(found.values(), key=lambda build: build.kernel)
+
+
+@contextlib.contextmanager
+def by_tma() -> Iterator[None]:
+    """Lets kernels that can load by TMA do so."""
+    with configs.override("project", TMA=1), configs.override("row", TMA=1):
+        yield
 
 
 def launch_stitches(shape: Shape, numbers: Numbers, rows: int = ROWS) -> None:
@@ -352,7 +377,7 @@ def _bytes(argument: Any, groups: int) -> int:
     match argument:
         case Tensor():
             return argument.numel() * argument.itemsize
-        case Operand(data=data):
+        case Operand(data=data) | TensorDescriptor(base=data):
             return _bytes(data, groups)
         case Parameter(one=one, table=table):
             return groups * _bytes(one, groups) + _bytes(table, groups)

@@ -7,6 +7,7 @@ is right only as repaired in conftest.py. What that leaves open waits for a GPU.
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from snkernels.backends import use_backend
 from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.operands import described
+from snkernels.kernels.triton.products import factors
 from snkernels.kernels.triton.stitch import low_rank, project, stitch_backward
 
 MIDDLE = Shape(50, 100, 200, 20)
@@ -67,6 +70,54 @@ def test_many_tiles_and_chunks(op: Op, dtype: torch.dtype) -> None:
         stack.enter_context(configs.override("outer", BLOCK_M=16, BLOCK_P=16, BLOCK_Q=16))
         stack.enter_context(configs.override("normalize_rows_backward", BLOCK_M=2, CTAS_PER_SM=1))
         judge(op, make(op, Shape(103, 35, 41, 37), dtype))
+
+
+@pytest.mark.usefixtures("right_bf16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", STITCHES.values(), ids=STITCHES.keys())
+def test_loads_by_tma_have_the_bits_of_those_by_pointers(op: Op, dtype: torch.dtype) -> None:
+    """Tiles that end beyond every edge; W by rows in the forward, by columns in the backward."""
+    tensors = make(op, Shape(70, 40, 48, 16), dtype)
+    with ExitStack() as stack:
+        for heuristic in ("project", "row"):
+            blocks = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}
+            stack.enter_context(configs.override(heuristic, **blocks))
+        stack.enter_context(configs.override("row", TILES=2))
+        expected = run(op.call, tensors)
+        for heuristic in ("project", "row"):
+            stack.enter_context(configs.override(heuristic, TMA=1))
+        judge(op, tensors)
+        for name, value in run(op.call, tensors).items():
+            assert torch.equal(value, expected[name]), name
+
+
+def by_tma(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Whether a projection loads by TMA, and its weight by rows."""
+    config = {**configs.project(x.dtype, "ieee", weight.shape[0]), "TMA": 1}
+    options = factors(x, weight, config)[2]
+    return bool(options["TMA"]), options["TRANSPOSED"]
+
+
+def test_tma_only_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x, weight = torch.zeros(6, 40, dtype=torch.float16), torch.zeros(24, 40, dtype=torch.float16)
+    square = torch.zeros(40, 40, dtype=torch.float16)
+    assert by_tma(x, weight) == (True, True)
+    assert by_tma(x, square.t()) == (True, False)
+    assert by_tma(x[::2], weight[1:]) == (True, True)
+    assert by_tma(x.float(), weight.float()) == (False, False)
+    for other in (
+        torch.zeros(6, 41, dtype=torch.float16)[:, 1:],  # rows at odd addresses
+        torch.zeros(247, dtype=torch.float16)[7:].view(6, 40),  # a first row at an odd one
+        torch.zeros(6, 80, dtype=torch.float16)[:, ::2],
+        torch.zeros(40, dtype=torch.float16).expand(6, 40),
+        torch.zeros(0, 40, dtype=torch.float16),
+    ):
+        assert by_tma(other, weight) == (False, False)
+    assert by_tma(torch.zeros(6, 20, dtype=torch.float16), weight[:, :20]) == (False, False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    old = SimpleNamespace(device=torch.device("cuda", 0))
+    assert described(old, 16, 16) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("right_bf16")

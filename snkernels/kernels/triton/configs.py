@@ -57,7 +57,10 @@ def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
 
 @_overridable
 def project(dtype: torch.dtype, precision: str, out_features: int) -> Config:
-    """For ``stitch._project_kernel``."""
+    """For ``stitch._project_kernel``; TMA: whether that loads where it can, on chips that have it.
+
+    Not until a GPU has timed it; groups load by pointers whatever it says.
+    """
     if dtype == torch.float32 and precision == "ieee":
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
     block_k = 128 // dtype.itemsize
@@ -141,7 +144,8 @@ def _block(size: int, largest: int) -> int:
 
 def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
     # 16 columns of the low-rank part at a time: the registers of more would cost occupancy.
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 16, **options}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 16}
+    return {**blocks, **options, "TMA": 0}
 
 
 def _outer(block_m: int, block_p: int, width: int) -> Config:

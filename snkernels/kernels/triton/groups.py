@@ -77,9 +77,8 @@ def lacks(parameter, group):
 @triton.jit
 def of_group(parameter, group):
     """A group's own parameter as an operand, which it must have; None where no group has one."""
-    if parameter is None:
-        return None
-    else:
+    # Without a return for that: Triton 3.6 can compile neither one of None nor None in a tuple.
+    if parameter is not None:
         address = tl.load(parameter.table + group).to(parameter.one.data.dtype)
         return Operand(tl.multiple_of(address, 16), parameter.one.strides)
 

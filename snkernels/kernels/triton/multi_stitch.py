@@ -77,7 +77,11 @@ def _project_groups_kernel(
         if low is not None:
             R = tl.where(lacks(b, group), 0, R)
         (y,) = project_tiles(
-            *(x, of_group(w, group), of_group(bias, group), low, of_group(b, group)),
+            x,
+            of_group(w, group),
+            of_group(bias, group),
+            low,
+            of_group(b, group),
             *(row, column, end, N, K, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
             TILES=1,
         )
@@ -120,13 +124,21 @@ def _row_groups_kernel(
     if low is not None:
         R = tl.where(lacks(b, group), 0, R)
     tiles = project_tiles(
-        *(x, of_group(w, group), of_group(bias, group), low, of_group(b, group)),
+        x,
+        of_group(w, group),
+        of_group(bias, group),
+        low,
+        of_group(b, group),
         *(row, tl.cast(0, tl.int64), end, N, K, R),
         *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TILES),
     )
-    norm = of_group(gamma, group), of_group(beta, group)
-    outputs = p_y, p_normed, p_mean, p_rstd
-    store_rows(tiles, *outputs, *norm, row, end, N, eps, BLOCK_M, BLOCK_N, TILES)
+    store_rows(
+        tiles,
+        *(p_y, p_normed, p_mean, p_rstd),
+        of_group(gamma, group),
+        of_group(beta, group),
+        *(row, end, N, eps, BLOCK_M, BLOCK_N, TILES),
+    )
 
 
 @triton.jit(do_not_specialize=["M", "groups"])
@@ -184,6 +196,7 @@ def project(
     features = y.shape[1]
     precision = dot_precision(x.dtype)
     config = configs.project(x.dtype, precision, features)
+    config.pop("TMA")  # a descriptor is of one w, and groups find theirs in a table
     launch(
         _project_groups_kernel,
         (groups.tiles(config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"]),),
@@ -255,6 +268,7 @@ def _whole_rows(
     eps: float,
 ) -> None:
     config = configs.row(y.shape[1])
+    config.pop("TMA")
     launch(
         _row_groups_kernel,
         (groups.tiles(config["BLOCK_M"]),),

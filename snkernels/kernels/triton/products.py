@@ -1,10 +1,32 @@
 """The products that kernels share: projected tiles, and an operand that is never rounded."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from snkernels.kernels.triton.configs import Config
 from snkernels.kernels.triton.norms import columns
-from snkernels.kernels.triton.operands import Operand, at
+from snkernels.kernels.triton.operands import Operand, at, described, operand
+
+
+def factors(x: Tensor, weight: Tensor, config: Config) -> tuple[Any, Any, dict[str, Any]]:
+    """The factors of x weightᵀ as :func:`project_tiles` takes them, and the options of its kernel.
+
+    They come as descriptors where ``config`` asks for TMA and both can, or else as operands.
+    """
+    options: dict[str, Any] = {**config, "TMA": 0, "TRANSPOSED": False}
+    # Not fp32: from shared memory, exact products take twice the registers, and tf32 has no
+    # asynchronous wgmma for a weight by columns.
+    if config["TMA"] and x.dtype.itemsize == 2:
+        block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+        by_x = described(x, block_m, block_k)
+        by_rows = described(weight, block_n, block_k)
+        by_w = by_rows or described(weight.t(), block_k, block_n)
+        if by_x and by_w:
+            return by_x, by_w, {**options, "TMA": 1, "TRANSPOSED": by_rows is not None}
+    return operand(x), operand(weight, transposed=True), options
 
 
 @triton.jit
@@ -26,35 +48,52 @@ def project_tiles(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
+    TMA: tl.constexpr = 0,
+    TRANSPOSED: tl.constexpr = False,
 ):
     """BLOCK_M rows of x w + low b + bias from ``row`` on, TILES tiles of columns from ``column``.
 
     x (M, K), w (K, N), bias (N,), low (M, R) in fp32 and b (R, N) are operands, of which bias and
-    low may be None. Products are in the dtype of x. ``row`` and ``column`` are int64.
+    low may be None; with TMA, x and w are descriptors, that of w one of wᵀ if TRANSPOSED. Products
+    are in the dtype of x. ``row`` and ``column`` are int64.
     """
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_m = o_m[:, None] < M
-    p_x = at(x, o_m, o_k)
-    p_w = at(w, o_k, o_n)
-    step_x = tl.cast(x.strides[1], tl.int64) * BLOCK_K
-    step_w = tl.cast(w.strides[0], tl.int64) * BLOCK_K
-    tile_w = tl.cast(w.strides[1], tl.int64) * BLOCK_N
+    dtype: tl.constexpr = x.dtype if TMA else x.data.dtype.element_ty
+    if TMA:
+        first_m = row.to(tl.int32)
+        first_n = column.to(tl.int32)
+    else:
+        p_x = at(x, o_m, o_k)
+        p_w = at(w, o_k, o_n)
+        step_x = tl.cast(x.strides[1], tl.int64) * BLOCK_K
+        step_w = tl.cast(w.strides[0], tl.int64) * BLOCK_K
+        tile_w = tl.cast(w.strides[1], tl.int64) * BLOCK_N
     tiles = ()
     for _ in tl.static_range(TILES):
         tiles += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
     for k in range(0, K, BLOCK_K):
         m_k = o_k < K - k
-        x_tile = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+        if TMA:
+            x_tile = x.load([first_m, k])
+        else:
+            x_tile = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+            p_x += step_x
         sums = ()
         for i in tl.static_range(TILES):
-            m_w = m_k[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-            w_tile = tl.load(p_w + i * tile_w, mask=m_w, other=0.0).to(x_tile.dtype)
-            sums += (tl.dot(x_tile, w_tile, tiles[i], input_precision=PRECISION),)
+            if not TMA:
+                m_w = m_k[:, None] & (o_n[None, :] < N - i * BLOCK_N)
+                w_tile = tl.load(p_w + i * tile_w, mask=m_w, other=0.0)
+            elif TRANSPOSED:
+                w_tile = w.load([first_n + i * BLOCK_N, k]).T
+            else:
+                w_tile = w.load([k, first_n + i * BLOCK_N])
+            sums += (tl.dot(x_tile, w_tile.to(dtype), tiles[i], input_precision=PRECISION),)
         tiles = sums
-        p_x += step_x
-        p_w += step_w
+        if not TMA:
+            p_w += step_w
 
     if low is not None:
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
@@ -68,7 +107,7 @@ def project_tiles(
             sums = ()
             for i in tl.static_range(TILES):
                 m_b = m_r[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-                b_tile = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(x.data.dtype.element_ty)
+                b_tile = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(dtype)
                 sums += (dot_wide_left(tiles[i], low_tile, b_tile, PRECISION),)
             tiles = sums
             p_low += tl.cast(BLOCK_R, tl.int64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.launch import dot_precision, launch
 from snkernels.kernels.triton.operands import Operand, operand, store_tile
-from snkernels.kernels.triton.products import outer_tile, project_tiles
+from snkernels.kernels.triton.products import factors, outer_tile, project_tiles
 from snkernels.kernels.triton.sums import column_sums, sum_rows
 
 
@@ -40,6 +40,8 @@ def _project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """One tile of y = scaling · (x w + low b + bias)."""
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -49,8 +51,7 @@ def _project_kernel(
     column = (pid % blocks_n).to(tl.int64) * BLOCK_N
     (y,) = project_tiles(
         *(x, w, bias, low, b, row, column, M, N, K, R),
-        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
-        TILES=1,
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 1, TMA, TRANSPOSED),
     )
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
@@ -96,11 +97,12 @@ def project(
     precision = dot_precision(x.dtype)
     config = configs.project(x.dtype, precision, out_features)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_features, config["BLOCK_N"])
+    by_x, by_w, options = factors(x, weight, config)
     launch(
         _project_kernel,
         (tiles,),
-        operand(x),
-        operand(weight, transposed=True),
+        by_x,
+        by_w,
         operand(bias),
         operand(low),
         operand(lora_B, transposed=True),
@@ -111,7 +113,7 @@ def project(
         0 if low is None else low.shape[1],
         scaling,
         PRECISION=precision,
-        **config,
+        **options,
     )
     return y
 

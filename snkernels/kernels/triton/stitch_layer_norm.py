@@ -20,7 +20,7 @@ from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.launch import dot_precision, launch
 from snkernels.kernels.triton.norms import store_rows
 from snkernels.kernels.triton.operands import operand
-from snkernels.kernels.triton.products import project_tiles
+from snkernels.kernels.triton.products import factors, project_tiles
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows, normalize_rows_backward
 from snkernels.kernels.triton.stitch import like, low_rank, project, stitch_backward
 
@@ -49,12 +49,14 @@ def _row_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILES: tl.constexpr,
+    TMA: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
     """Whole rows of y and LN(y), held as TILES tiles of columns."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M
     tiles = project_tiles(
         *(x, w, bias, low, b, row, tl.cast(0, tl.int64), M, N, K, R),
-        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TILES),
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TILES, TMA, TRANSPOSED),
     )
     outputs = p_y, p_normed, p_mean, p_rstd
     store_rows(tiles, *outputs, gamma, beta, row, M, N, eps, BLOCK_M, BLOCK_N, TILES)
@@ -78,11 +80,12 @@ def stitch_layer_norm_forward(
     low = low_rank(x, lora_A, scaling)
     if configs.rows_fit(x.dtype, features):
         config = configs.row(features)
+        by_x, by_w, options = factors(x, weight, config)
         launch(
             _row_kernel,
             (triton.cdiv(rows, config["BLOCK_M"]),),
-            operand(x),
-            operand(weight, transposed=True),
+            by_x,
+            by_w,
             operand(bias),
             operand(low),
             operand(lora_B, transposed=True),
@@ -98,7 +101,7 @@ def stitch_layer_norm_forward(
             0 if low is None else low.shape[1],
             eps,
             PRECISION=dot_precision(x.dtype),
-            **config,
+            **options,
         )
     else:
         project(x, weight, y, bias, low, lora_B)
