@@ -260,7 +260,7 @@ def _project(dtype: torch.dtype, rows: int, k: int, n: int, r: int) -> Case:
             y = y + (t["low"].to(y.dtype) @ t["B"].t())
         return [y]
 
-    chosen = configs.project(dtype, "ieee", n)
+    chosen = configs.project(dtype, dtype, "ieee", n)
     return Case("project", f"M{rows} K{k} N{n} r{r}", chosen, make, call, exact)
 
 
@@ -281,7 +281,7 @@ def _row(dtype: torch.dtype, rows: int, k: int, n: int, r: int) -> Case:
     def exact(t: Tensors) -> Outputs:
         return reference.stitch_layer_norm(*t.values(), 1.0, None, None, 1e-6)[:2]
 
-    return Case("row", f"M{rows} K{k} N{n} r{r}", configs.row(n), make, call, exact)
+    return Case("row", f"M{rows} K{k} N{n} r{r}", configs.row(dtype, n), make, call, exact)
 
 
 def _outer(dtype: torch.dtype, rows: int, height: int, width: int) -> Case:

@@ -84,8 +84,7 @@ def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     loads = {(build.kernel, build.tma > 0) for build in builds if "TMA" in build.options}
     kinds = (False, True) if arch >= 90 else (False,)
     assert loads == set(itertools.product(("_project_kernel", "_row_kernel"), kinds))
-    tiled = [b for b in builds if b.kernel in ("_project_kernel", "_outer_kernel")]
-    # Grouped kernels hold a tile of an fp32 W that they cast, which leaves room for one alone.
+    tiled = [b for b in builds if b.kernel.startswith(("_project", "_outer"))]
     assert min(b.ctas_per_sm for b in tiled) >= (2 if (arch, dtype) == (90, "bf16") else 1)
 
 

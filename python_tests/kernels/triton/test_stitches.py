@@ -93,7 +93,7 @@ def test_loads_by_tma_have_the_bits_of_those_by_pointers(op: Op, dtype: torch.dt
 
 def by_tma(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
     """Whether a projection loads by TMA, and its weight by rows."""
-    config = {**configs.project(x.dtype, "ieee", weight.shape[0]), "TMA": 1}
+    config = {**configs.project(x.dtype, weight.dtype, "ieee", weight.shape[0]), "TMA": 1}
     options = factors(x, weight, config)[2]
     return bool(options["TMA"]), options["TRANSPOSED"]
 

@@ -56,25 +56,29 @@ def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @_overridable
-def project(dtype: torch.dtype, precision: str, out_features: int) -> Config:
+def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_features: int) -> Config:
     """For ``stitch._project_kernel``; TMA: whether that loads where it can, on chips that have it.
 
     Not until a GPU has timed it; groups load by pointers whatever it says.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
-    block_k = 128 // dtype.itemsize
+    # Of a weight that a kernel casts, two tiles are in shared memory: at full width one CTA on an
+    # SM of an H100 in place of two. What that takes from the bytes in flight, a stage gives back.
+    block_k = 128 // max(dtype.itemsize, weight.itemsize)
+    stages = 4 if weight.itemsize > dtype.itemsize else 3
     if out_features <= 64:  # the low-rank intermediates, which take less of a chip
-        return _tiles(64, _block(out_features, 64), block_k, num_warps=8, num_stages=3)
-    return _tiles(128, 128, block_k, num_warps=8, num_stages=3)
+        return _tiles(64, _block(out_features, 64), block_k, num_warps=8, num_stages=stages)
+    return _tiles(128, 128, block_k, num_warps=8, num_stages=stages)
 
 
 @_overridable
-def row(out_features: int) -> Config:
+def row(weight: torch.dtype, out_features: int) -> Config:
     """For ``stitch_layer_norm._row_kernel``, where :func:`rows_fit`."""
     block_n = _block(out_features, 128)
     tiles = -(-out_features // block_n)
-    return {**_tiles(64, block_n, 32, num_warps=8, num_stages=4), "TILES": tiles}
+    block_k = 64 // weight.itemsize
+    return {**_tiles(64, block_n, block_k, num_warps=8, num_stages=4), "TILES": tiles}
 
 
 def rows_fit(dtype: torch.dtype, out_features: int) -> bool:

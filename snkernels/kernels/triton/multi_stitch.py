@@ -195,7 +195,7 @@ def project(
     b = None if low is None else groups.parameter(LORA_A if transposed else LORA_B, not transposed)
     features = y.shape[1]
     precision = dot_precision(x.dtype)
-    config = configs.project(x.dtype, precision, features)
+    config = configs.project(x.dtype, w.one.data.dtype, precision, features)
     config.pop("TMA")  # a descriptor is of one w, and groups find theirs in a table
     launch(
         _project_groups_kernel,
@@ -267,13 +267,15 @@ def _whole_rows(
     rstd: Tensor,
     eps: float,
 ) -> None:
-    config = configs.row(y.shape[1])
+    weight = groups.parameter(WEIGHT, transposed=True)
+    assert weight is not None
+    config = configs.row(weight.one.data.dtype, y.shape[1])
     config.pop("TMA")
     launch(
         _row_groups_kernel,
         (groups.tiles(config["BLOCK_M"]),),
         operand(x),
-        groups.parameter(WEIGHT, transposed=True),
+        weight,
         groups.parameter(BIAS),
         operand(low),
         groups.parameter(LORA_B, transposed=True),

@@ -95,7 +95,7 @@ def project(
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     precision = dot_precision(x.dtype)
-    config = configs.project(x.dtype, precision, out_features)
+    config = configs.project(x.dtype, weight.dtype, precision, out_features)
     tiles = triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(out_features, config["BLOCK_N"])
     by_x, by_w, options = factors(x, weight, config)
     launch(
@@ -122,7 +122,7 @@ def like(x: Tensor, weight: Tensor) -> Tensor:
     """The weight in the dtype of x: under autocast it is an fp32 one.
 
     Cast in every tile it would pass through registers on its way to the tensor cores and take
-    shared memory twice, which leaves an H100 one CTA on an SM in place of two.
+    shared memory twice, which costs tiles of half the width (``configs.project``).
     """
     return weight.to(x.dtype)
 

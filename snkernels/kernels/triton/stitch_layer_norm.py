@@ -79,7 +79,7 @@ def stitch_layer_norm_forward(
     weight = like(x, weight)
     low = low_rank(x, lora_A, scaling)
     if configs.rows_fit(x.dtype, features):
-        config = configs.row(features)
+        config = configs.row(weight.dtype, features)
         by_x, by_w, options = factors(x, weight, config)
         launch(
             _row_kernel,
