@@ -10,7 +10,7 @@
 
 namespace snk::cpu::SNK_ISA {
 
-constexpr int64_t KC = 256;
+constexpr int64_t KC = 256, LINE = 16;  // LINE: floats of a cache line
 
 // Transposes VL vectors in registers, by swapping ever larger blocks across the diagonal.
 template <int HALF = 1>
@@ -140,11 +140,14 @@ inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slic
 inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t first, int64_t count,
                            float* slices) {
   if (in_place(u) && count % MR == 0) {
-    // Row by row, all lines of a row at once: each comes from afar.
+    // Row by row, all lines of a row at once: each comes from afar. Those of the next terms come while
+    // these are worked on; past the last row nothing happens.
     const float* in = static_cast<const float*>(u.data) + row * u.row_stride + first;
-    for (int64_t k = 0; k < terms; ++k, in += u.row_stride)
+    for (int64_t k = 0; k < terms; ++k, in += u.row_stride) {
+      for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(in + KC * u.row_stride + i, 0, 2);
       for (int64_t i = 0; i < count; i += MR)
         std::memcpy(slices + i * KC + k * MR, in + i, MR * sizeof(float));
+    }
     return;
   }
   for (int64_t i = 0; i < count; i += MR)
