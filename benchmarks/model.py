@@ -427,7 +427,7 @@ def jobs(quick: bool, large: bool) -> Iterator[Job]:
     yield lambda: mixed_batch("SL", 3)
     yield lambda: mixed_batch("SB", 7)
     for pair in ("SL", "SB"):
-        for batch, rounds in ((1, 41), (8, 9)):
+        for batch, rounds in ((1, 41), (8, 21)):
             yield lambda p=pair, b=batch, r=rounds: one_route(p, 7, b, r)
     yield lambda: stochastic_depth("SL", 4, 5)
     for max_rows in (16, 64, 256):
