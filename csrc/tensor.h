@@ -26,6 +26,8 @@ inline PyObject* tensor_view(PyObject*, PyObject* const* args, Py_ssize_t count)
   static PyObject* const stride_name = name("stride");
   static PyObject* const data_ptr_name = name("data_ptr");
   static PyObject* const device_name = name("device");
+  static PyObject* const is_cpu_name = name("is_cpu");
+  static PyObject* const is_cuda_name = name("is_cuda");
   static PyObject* const torch = forever(PyImport_ImportModule("torch"));
   static PyObject* const dtypes[] = {forever(PyObject_GetAttrString(torch, "float32")),
                                      forever(PyObject_GetAttrString(torch, "float16")),
@@ -42,7 +44,7 @@ inline PyObject* tensor_view(PyObject*, PyObject* const* args, Py_ssize_t count)
 
   const auto dtype = reinterpret_steal<object>(PyObject_GetAttr(tensor, dtype_name));
   const auto here =
-      reinterpret_steal<object>(PyObject_GetAttrString(tensor, cpu ? "is_cpu" : "is_cuda"));
+      reinterpret_steal<object>(PyObject_GetAttr(tensor, cpu ? is_cpu_name : is_cuda_name));
   if (!dtype || !here) return nullptr;
   int code = 0;
   while (code < 3 && dtypes[code] != dtype.ptr()) ++code;

@@ -56,13 +56,20 @@ def norm_outputs(
 
     The statistics are fp32, and fp64 for fp64.
     """
-    rows, dtype = x.shape[0], dtype or x.dtype
+    rows = x.shape[0]
+
+    def room(dtype: torch.dtype, *shape: int) -> Tensor:
+        # Naming the dtype that it would have anyway takes half as long again.
+        return x.new_empty(*shape) if dtype is own else x.new_empty(*shape, dtype=dtype)
+
+    own = x.dtype
+    dtype = dtype or own
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     return (
-        x.new_empty(rows, features, dtype=dtype),
-        x.new_empty(rows, features, dtype=normed_dtype or dtype),
-        x.new_empty(rows, dtype=statistics),
-        x.new_empty(rows, dtype=statistics),
+        room(dtype, rows, features),
+        room(normed_dtype or dtype, rows, features),
+        room(statistics, rows),
+        room(statistics, rows),
     )
 
 

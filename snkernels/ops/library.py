@@ -37,7 +37,7 @@ def register(
 
     def run(*args: Any) -> Any:
         x: Tensor = args[position]
-        choice = backends.choose(name, offered, x.device.type, x.dtype)
+        choice = backends.choose(name, offered, device_type(x), x.dtype)
         return implementations[choice.backend](*args)
 
     _library.define(schema)
@@ -47,7 +47,9 @@ def register(
     dispatched = getattr(torch.ops.snkernels, name).default
 
     def call(*args: Any) -> Any:
-        return dispatched(*args) if _is_seen(args) else run(*args)
+        x: Tensor = args[position]
+        plain = (x.is_cpu or x.is_cuda) and not _is_seen(args)
+        return run(*args) if plain else dispatched(*args)
 
     return call
 
@@ -72,14 +74,17 @@ def _are_plain(args: Sequence[Any]) -> bool:
         if kind is Tensor or kind is torch.nn.Parameter:
             if argument.is_neg() or argument._is_zerotensor():
                 return False
-            if not (argument.is_cpu or argument.is_cuda):
-                return False
         elif kind is list or kind is tuple:
             if not _are_plain(argument):
                 return False
         elif isinstance(argument, Tensor):
             return False
     return True
+
+
+def device_type(x: Tensor) -> str:
+    """``x.device.type``, which takes as long as a check of all of x where it is "cpu"."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,7 +118,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which autocast, where it is on, would hand a tensor to a linear layer."""
-    if dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if dtype == torch.float64 or not (device == "cpu" or torch.amp.is_autocast_available(device)):
         return dtype
     if not torch.is_autocast_enabled(device):
         return dtype
@@ -122,5 +127,5 @@ def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 
 def autocast(x: Tensor) -> Tensor:
     """Casts x as autocast, where it is on, would for a linear layer."""
-    dtype = autocast_dtype(x.device.type, x.dtype)
+    dtype = autocast_dtype(device_type(x), x.dtype)
     return x if dtype == x.dtype else x.to(dtype)

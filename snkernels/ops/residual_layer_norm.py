@@ -16,6 +16,7 @@ from snkernels.ops.autograd import differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor, from_rows
 from snkernels.ops.library import (
     autocast_dtype,
+    device_type,
     needs_grad,
     register,
     triton_kernel,
@@ -219,5 +220,5 @@ def residual_layer_norm(
     )
     differentiable = needs_grad(*arguments)
     op = _ResidualLayerNorm.apply if differentiable else _forward_op
-    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(h.device.type, dtype))
+    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(device_type(h), dtype))
     return from_rows(total, h), from_rows(normed, h)
