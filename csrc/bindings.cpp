@@ -1,5 +1,5 @@
-// snkernels._C: the compiled kernels, called with integers for pointers. Shapes, number formats and
-// devices are checked where a tensor becomes a View (tensor.h); nothing is checked again here.
+// snkernels._C: the compiled kernels, called with tensors. Shapes, number formats and devices are
+// checked where a tensor becomes a View (tensor.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +18,8 @@
 namespace py = pybind11;
 
 namespace pybind11::detail {
-// A View is (pointer, dtype, rows, cols, row_stride, col_stride), or None.
+// What Python was told of a tensor by `view`: (pointer, dtype, rows, cols, row_stride, col_stride),
+// or None.
 template <>
 struct type_caster<snk::View> {
   PYBIND11_TYPE_CASTER(snk::View, const_name("tuple[int, int, int, int, int, int] | None"));
@@ -36,36 +37,54 @@ struct type_caster<snk::View> {
              field[5]};
     return true;
   }
-};
 
-// A StitchGroup is a tuple of its members in order; the gradients at its end may be left out.
-template <>
-struct type_caster<snk::cpu::StitchGroup> {
-  PYBIND11_TYPE_CASTER(snk::cpu::StitchGroup, const_name("tuple"));
-
-  bool load(handle source, bool convert) {
-    snk::View* const views[] = {
-        &value.weight,      &value.bias,        &value.lora_A,      &value.lora_B,
-        &value.norm_weight, &value.norm_bias,   &value.grad_weight, &value.grad_bias,
-        &value.grad_lora_A, &value.grad_lora_B, &value.grad_norm_weight, &value.grad_norm_bias};
-    const auto members = reinterpret_borrow<tuple>(source);
-    if (members.size() != 9 && members.size() != 15) return false;
-    value.first = members[0].cast<int64_t>();
-    value.last = members[1].cast<int64_t>();
-    value.scaling = members[2].cast<float>();
-    for (size_t i = 3; i < members.size(); ++i) {
-      type_caster<snk::View> view;
-      if (!view.load(members[i], convert)) return false;
-      *views[i - 3] = view;
-    }
-    return true;
+  static handle cast(const snk::View& view, return_value_policy, handle) {
+    return make_tuple(reinterpret_cast<uintptr_t>(view.data), int(view.dtype), view.rows, view.cols,
+                      view.row_stride, view.col_stride)
+        .release();
   }
 };
 }  // namespace pybind11::detail
 
 namespace {
 
-using snk::View;
+using py::handle;
+using snk::ANY, snk::View, snk::vector_of, snk::view_of;
+
+// (first row, last row, scaling, weight, bias, lora_A, lora_B, norm_weight, norm_bias), and the
+// gradients of those six if they are wanted; all tensors or None.
+snk::cpu::StitchGroup group_of(const py::tuple& members, int64_t in_features,
+                               int64_t out_features) {
+  const auto at = [&](size_t i) { return handle(PyTuple_GET_ITEM(members.ptr(), i)); };
+  snk::cpu::StitchGroup group{};
+  group.first = at(0).cast<int64_t>();
+  group.last = at(1).cast<int64_t>();
+  group.scaling = at(2).cast<float>();
+  group.weight = view_of("weight", at(3), out_features, in_features);
+  group.bias = vector_of("bias", at(4), out_features);
+  group.lora_A = view_of("lora_A", at(5), ANY, in_features);
+  group.lora_B = view_of("lora_B", at(6), out_features, group.lora_A.rows);
+  group.norm_weight = vector_of("norm_weight", at(7), out_features);
+  group.norm_bias = vector_of("norm_bias", at(8), out_features);
+  if (members.size() > 9) {
+    group.grad_weight = view_of("grad_weight", at(9), out_features, in_features);
+    group.grad_bias = vector_of("grad_bias", at(10), out_features);
+    group.grad_lora_A = view_of("grad_lora_A", at(11), group.lora_A.rows, in_features);
+    group.grad_lora_B = view_of("grad_lora_B", at(12), out_features, group.lora_A.rows);
+    group.grad_norm_weight = vector_of("grad_norm_weight", at(13), out_features);
+    group.grad_norm_bias = vector_of("grad_norm_bias", at(14), out_features);
+  }
+  return group;
+}
+
+std::vector<snk::cpu::StitchGroup> groups_of(const py::list& groups, int64_t in_features,
+                                             int64_t out_features) {
+  std::vector<snk::cpu::StitchGroup> all;
+  all.reserve(groups.size());
+  for (const auto& group : groups)
+    all.push_back(group_of(py::reinterpret_borrow<py::tuple>(group), in_features, out_features));
+  return all;
+}
 
 template <typename Params>
 void run_cpu(snk::Status (*kernel)(const Params&), const Params& params) {
@@ -89,37 +108,85 @@ void bind_cpu(py::module_& m) {
     if (!use_isa(name.c_str())) throw py::value_error("this machine cannot run " + name);
   }, "Makes the CPU kernels use another instruction set.");
 
-  m.def("stitch_forward", [](View x, const std::vector<StitchGroup>& groups, float eps, View y,
-                             View normed, View mean, View rstd, int threads) {
-    run_cpu(kernels().stitch_forward, StitchForward{x, groups.data(), int64_t(groups.size()), eps,
-                                                    y, normed, mean, rstd, threads});
+  m.def("stitch_forward", [](handle x, const py::list& groups, int64_t features, float eps, handle y,
+                             handle normed, handle mean, handle rstd, int threads) {
+    StitchForward p;
+    p.x = view_of("x", x, ANY, ANY);
+    const int64_t rows = p.x.rows;
+    const auto own = groups_of(groups, p.x.cols, features);
+    p.groups = own.data();
+    p.count = int64_t(own.size());
+    p.eps = eps;
+    p.y = view_of("y", y, rows, features);
+    p.normed = view_of("normed", normed, rows, features);
+    p.mean = vector_of("mean", mean, rows);
+    p.rstd = vector_of("rstd", rstd, rows);
+    p.threads = threads;
+    run_cpu(kernels().stitch_forward, p);
   });
-  m.def("stitch_backward", [](View grad_y, View grad_normed, View x,
-                              const std::vector<StitchGroup>& groups, View y, View mean, View rstd,
-                              View grad_x, int threads) {
-    run_cpu(kernels().stitch_backward,
-            StitchBackward{grad_y, grad_normed, x, groups.data(), int64_t(groups.size()), y, mean,
-                           rstd, grad_x, threads});
+  m.def("stitch_backward", [](handle grad_y, handle grad_normed, handle x, const py::list& groups,
+                              int64_t features, handle y, handle mean, handle rstd, handle grad_x,
+                              int threads) {
+    StitchBackward p;
+    p.x = view_of("x", x, ANY, ANY);
+    const int64_t rows = p.x.rows;
+    p.grad_y = view_of("grad_y", grad_y, rows, features);
+    p.grad_normed = view_of("grad_normed", grad_normed, rows, features);
+    const auto own = groups_of(groups, p.x.cols, features);
+    p.groups = own.data();
+    p.count = int64_t(own.size());
+    p.y = view_of("y", y, rows, features);
+    p.mean = vector_of("mean", mean, rows);
+    p.rstd = vector_of("rstd", rstd, rows);
+    p.grad_x = view_of("grad_x", grad_x, rows, p.x.cols);
+    p.threads = threads;
+    run_cpu(kernels().stitch_backward, p);
   });
   m.def("residual_layer_norm_forward",
-        [](View h, View branch, View layer_scale, View drop_path_scale, int64_t rows_per_scale,
-           View norm_weight, View norm_bias, float eps, View sum, View normed, View mean, View rstd,
-           int threads) {
-          run_cpu(kernels().residual_layer_norm_forward,
-                  ResidualLayerNormForward{h, branch, layer_scale, drop_path_scale, rows_per_scale,
-                                           norm_weight, norm_bias, eps, sum, normed, mean, rstd,
-                                           threads});
+        [](handle h, handle branch, handle layer_scale, handle drop_path_scale,
+           int64_t rows_per_scale, handle norm_weight, handle norm_bias, float eps, handle sum,
+           handle normed, handle mean, handle rstd, int threads) {
+          ResidualLayerNormForward p;
+          p.h = view_of("h", h, ANY, ANY);
+          const int64_t rows = p.h.rows, features = p.h.cols;
+          p.branch = view_of("branch", branch, rows, features);
+          p.layer_scale = vector_of("layer_scale", layer_scale, features);
+          p.drop_path_scale = vector_of("drop_path_scale", drop_path_scale, ANY);
+          p.rows_per_scale = rows_per_scale;
+          p.norm_weight = vector_of("norm_weight", norm_weight, features);
+          p.norm_bias = vector_of("norm_bias", norm_bias, features);
+          p.eps = eps;
+          p.sum = view_of("sum", sum, rows, features);
+          p.normed = view_of("normed", normed, rows, features);
+          p.mean = vector_of("mean", mean, rows);
+          p.rstd = vector_of("rstd", rstd, rows);
+          p.threads = threads;
+          run_cpu(kernels().residual_layer_norm_forward, p);
         });
   m.def("residual_layer_norm_backward",
-        [](View grad_sum, View grad_normed, View branch, View layer_scale, View drop_path_scale,
-           int64_t rows_per_scale, View sum, View mean, View rstd, View norm_weight, View grad_h,
-           View grad_branch, View grad_layer_scale, View grad_norm_weight, View grad_norm_bias,
-           int threads) {
-          run_cpu(kernels().residual_layer_norm_backward,
-                  ResidualLayerNormBackward{grad_sum, grad_normed, branch, layer_scale,
-                                            drop_path_scale, rows_per_scale, sum, mean, rstd,
-                                            norm_weight, grad_h, grad_branch, grad_layer_scale,
-                                            grad_norm_weight, grad_norm_bias, threads});
+        [](handle grad_sum, handle grad_normed, handle branch, handle layer_scale,
+           handle drop_path_scale, int64_t rows_per_scale, handle sum, handle mean, handle rstd,
+           handle norm_weight, handle grad_h, handle grad_branch, handle grad_layer_scale,
+           handle grad_norm_weight, handle grad_norm_bias, int threads) {
+          ResidualLayerNormBackward p;
+          p.sum = view_of("sum", sum, ANY, ANY);
+          const int64_t rows = p.sum.rows, features = p.sum.cols;
+          p.grad_sum = view_of("grad_sum", grad_sum, rows, features);
+          p.grad_normed = view_of("grad_normed", grad_normed, rows, features);
+          p.branch = view_of("branch", branch, rows, features);
+          p.layer_scale = vector_of("layer_scale", layer_scale, features);
+          p.drop_path_scale = vector_of("drop_path_scale", drop_path_scale, ANY);
+          p.rows_per_scale = rows_per_scale;
+          p.mean = vector_of("mean", mean, rows);
+          p.rstd = vector_of("rstd", rstd, rows);
+          p.norm_weight = vector_of("norm_weight", norm_weight, features);
+          p.grad_h = view_of("grad_h", grad_h, rows, features);
+          p.grad_branch = view_of("grad_branch", grad_branch, rows, features);
+          p.grad_layer_scale = vector_of("grad_layer_scale", grad_layer_scale, features);
+          p.grad_norm_weight = vector_of("grad_norm_weight", grad_norm_weight, features);
+          p.grad_norm_bias = vector_of("grad_norm_bias", grad_norm_bias, features);
+          p.threads = threads;
+          run_cpu(kernels().residual_layer_norm_backward, p);
         });
 }
 
@@ -136,6 +203,9 @@ void run_cuda(int (*launch)(const Params&), const Params& params) {
 
 void bind_cuda(py::module_& m) {
   using namespace snk::cuda;
+  m.def("cuda_view", [](const char* name, handle tensor, int64_t rows, int64_t cols) {
+    return view_of(name, tensor, rows, cols, false);
+  }, "What the functions below are told of a tensor.");
   m.def("cuda_device_count", &device_count, "Devices that the driver shows; 0 without a driver.");
   m.def("cuda_bias_layer_norm",
         [](View gemm, View bias, View norm_weight, View norm_bias, float eps, View y, View normed,
@@ -172,10 +242,6 @@ PYBIND11_MODULE(_C, m) {
 #else
       false;
 #endif
-  static PyMethodDef view = {"view", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(
-                                         snk::tensor_view)),
-                             METH_FASTCALL, "What kernels are told of a tensor."};
-  m.attr("view") = py::reinterpret_steal<py::object>(PyCFunction_New(&view, nullptr));
   bind_cpu(m);
 #ifdef SNK_WITH_CUDA
   m.attr("cuda_version") = SNK_CUDA_VERSION;

@@ -122,7 +122,7 @@ def test_the_pointer_face_refuses_what_it_would_misread() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
     with pytest.raises(ValueError, match=r"lora_B must have shape \(5, 2\)"):
         native.stitch_forward(x, weight, None, torch.randn(2, 3), torch.randn(5, 1), 1.0)
-    with pytest.raises(ValueError, match=r"x must have shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape \(5, 2\)"):
         native.stitch_forward(torch.randn(4, 2), weight, None, None, None, 1.0)
     with pytest.raises(TypeError, match="bias must be float32"):
         native.stitch_forward(x, weight, torch.zeros(5).double(), None, None, 1.0)

@@ -20,30 +20,19 @@ try:
 except ImportError as error:
     IMPORT_ERROR = str(error)
 
+# What a function of the compiled module is told of a tensor in GPU memory.
 View = tuple[int, int, int, int, int, int]
+_cuda_view: Callable[[str, Tensor | None, int, int], View | None] = CUDA_VERSION and _C.cuda_view
 
 
-# (name, tensor, rows, cols, device): (pointer, dtype, rows, cols, strides) of a matrix, or of a
-# vector as a matrix of one row, once it was checked; None for None.
-_view: Callable[[str, Tensor | None, int, int, str], View | None] = _C and _C.view
-
-
-def _grads_like(
-    tensors: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[list[Tensor], list[View | None]]:
-    """Room for the gradients that are needed, and a view of each or None for all."""
-    grads: list[Tensor] = []
-    views: list[View | None] = []
-    for tensor, need in zip(tensors, needs, strict=True):
-        if not need or tensor is None:
-            views.append(None)
-            continue
-        grad = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        grads.append(grad)
-        views.append(
-            _view("grad", grad, grad.shape[0] if grad.dim() == 2 else 1, grad.shape[-1], "cpu")
-        )
-    return grads, views
+def _grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Room for the gradients that are needed, None for the others."""
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if need and tensor is not None
+        else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
 
 
 def norm_outputs(
@@ -152,15 +141,12 @@ def multi_stitch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stitches of all groups in one call; see :mod:`snkernels.ops.multi_stitch`."""
-    offsets, width = group_offsets.tolist(), x.shape[1]
+    offsets = group_offsets.tolist()
     groups = [
-        _group(
-            *(offsets[i], offsets[i + 1], scaling),
-            *(tensors[i * _TENSORS : (i + 1) * _TENSORS], width, out_features),
-        )
+        (offsets[i], offsets[i + 1], scaling, *tensors[i * _TENSORS : (i + 1) * _TENSORS])
         for i, scaling in enumerate(scalings)
     ]
-    return _stitch_forward(x, groups, width, out_features, normalize, eps)
+    return _stitch_forward(x, groups, out_features, normalize, eps)
 
 
 def multi_stitch_backward(
@@ -177,69 +163,40 @@ def multi_stitch_backward(
 ) -> list[Tensor]:
     """The gradients of x and of all groups' tensors that ``needs`` marks, in order."""
     offsets = group_offsets if isinstance(group_offsets, list) else group_offsets.tolist()
-    rows, width = x.shape
     grad = grad_y if grad_normed is None else grad_normed
     assert grad is not None
-    features = grad.shape[1]
-    grads, (grad_x, *grad_views) = _grads_like((x, *tensors), needs)
-    if rows == 0:
-        return [grad.zero_() for grad in grads]
+    grad_x, *grads = _grads_like((x, *tensors), needs)
+    wanted = [g for g in (grad_x, *grads) if g is not None]
+    if len(x) == 0:
+        return [g.zero_() for g in wanted]
     groups = []
     for i, scaling in enumerate(scalings):
         own = slice(i * _TENSORS, (i + 1) * _TENSORS)
-        group = _group(offsets[i], offsets[i + 1], scaling, tensors[own], width, features)
-        groups.append((*group, *grad_views[own]))
+        groups.append((offsets[i], offsets[i + 1], scaling, *tensors[own], *grads[own]))
     normalized = grad_normed is not None
     _C.stitch_backward(
-        _view("grad_y", grad_y, rows, features, "cpu"),
-        _view("grad_normed", grad_normed, rows, features, "cpu"),
-        _view("x", x, rows, width, "cpu"),
-        groups,
-        _view("y", y if normalized else None, rows, features, "cpu"),
-        _statistics("mean", mean if normalized else None, rows),
-        _statistics("rstd", rstd if normalized else None, rows),
+        *(grad_y, grad_normed, x, groups, grad.shape[1]),
+        y if normalized else None,
+        _statistics("mean", mean) if normalized else None,
+        _statistics("rstd", rstd) if normalized else None,
         grad_x,
         torch.get_num_threads(),
     )
-    return grads
+    return wanted
 
 
-def _statistics(name: str, tensor: Tensor | None, rows: int) -> Any:
-    """The view of a statistic, which kernels read as it was written: fp32, one row's after another.
+def _statistics(name: str, tensor: Tensor | None) -> Tensor | None:
+    """A statistic, which kernels read as it was written: fp32, one row's after another.
 
     Raises:
         TypeError: it is anything else.
     """
     if tensor is not None and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
         raise TypeError(f"{name} must be float32 and contiguous, as the forward returned it")
-    return _view(name, tensor, 1, rows, "cpu")
+    return tensor
 
 
 _TENSORS = 6  # of a group: weight, bias, lora_A, lora_B, norm_weight, norm_bias
-
-
-def _group(
-    first: int,
-    last: int,
-    scaling: float,
-    tensors: Sequence[Tensor | None],
-    in_features: int,
-    out_features: int,
-) -> tuple[Any, ...]:
-    """Rows, scaling and views of a group."""
-    weight, bias, lora_A, lora_B, norm_weight, norm_bias = tensors
-    rank = 0 if lora_A is None else lora_A.shape[0]
-    return (
-        first,
-        last,
-        scaling,
-        _view("weight", weight, out_features, in_features, "cpu"),
-        _view("bias", bias, 1, out_features, "cpu"),
-        _view("lora_A", lora_A, rank, in_features, "cpu"),
-        _view("lora_B", lora_B, out_features, rank, "cpu"),
-        _view("norm_weight", norm_weight, 1, out_features, "cpu"),
-        _view("norm_bias", norm_bias, 1, out_features, "cpu"),
-    )
 
 
 def _one_stitch_forward(
@@ -251,37 +208,25 @@ def _one_stitch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = tensors[0]
     assert weight is not None
-    out_features, in_features = weight.shape
-    group = _group(0, x.shape[0], scaling, tensors, in_features, out_features)
-    return _stitch_forward(x, [group], in_features, out_features, normalize, eps)
+    group = (0, x.shape[0], scaling, *tensors)
+    return _stitch_forward(x, [group], weight.shape[0], normalize, eps)
 
 
 def _stitch_forward(
-    x: Tensor,
-    groups: list[tuple[Any, ...]],
-    in_features: int,
-    features: int,
-    normalize: bool,
-    eps: float,
+    x: Tensor, groups: list[tuple[Any, ...]], features: int, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, LN(y), mean, 1/σ), of which all but y have no elements if there is no LayerNorm."""
-    rows = x.shape[0]
+    """(y, LN(y), mean, 1/σ), of which all but y have no elements if there is no LayerNorm.
+
+    A group: its first row and the one after its last, scaling, and its tensors.
+    """
+    threads = torch.get_num_threads()
     if normalize:
-        y, normed, mean, rstd = norm_outputs(x, features)
-    else:
-        y = x.new_empty(rows, features)
-        normed, mean, rstd = y.new_empty(0), y.new_empty(0), y.new_empty(0)
-    _C.stitch_forward(
-        _view("x", x, rows, in_features, "cpu"),
-        groups,
-        eps,
-        _view("y", y, rows, features, "cpu"),
-        _view("normed", normed if normalize else None, rows, features, "cpu"),
-        _view("mean", mean if normalize else None, 1, rows, "cpu"),
-        _view("rstd", rstd if normalize else None, 1, rows, "cpu"),
-        torch.get_num_threads(),
-    )
-    return y, normed, mean, rstd
+        outputs = norm_outputs(x, features)
+        _C.stitch_forward(x, groups, features, eps, *outputs, threads)
+        return outputs
+    y = x.new_empty(x.shape[0], features)
+    _C.stitch_forward(x, groups, features, eps, y, None, None, None, threads)
+    return y, y.new_empty(0), y.new_empty(0), y.new_empty(0)
 
 
 def residual_layer_norm_forward(
@@ -295,22 +240,13 @@ def residual_layer_norm_forward(
     normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum, LN(sum), mean, 1/σ); see :func:`snkernels.reference.residual`."""
-    rows, features = x.shape
     dtype = torch.promote_types(x.dtype, branch.dtype)
-    total, normed, mean, rstd = norm_outputs(x, features, dtype, normed_dtype)
+    outputs = norm_outputs(x, x.shape[1], dtype, normed_dtype)
     _C.residual_layer_norm_forward(
-        _view("x", x, rows, features, "cpu"),
-        *_residual_views(branch, layer_scale, drop_path_scale),
-        _view("norm_weight", norm_weight, 1, features, "cpu"),
-        _view("norm_bias", norm_bias, 1, features, "cpu"),
-        eps,
-        _view("sum", total, rows, features, "cpu"),
-        _view("normed", normed, rows, features, "cpu"),
-        _view("mean", mean, 1, rows, "cpu"),
-        _view("rstd", rstd, 1, rows, "cpu"),
-        torch.get_num_threads(),
+        *(x, branch, layer_scale, drop_path_scale, _rows_per_scale(x, drop_path_scale)),
+        *(norm_weight, norm_bias, eps, *outputs, torch.get_num_threads()),
     )
-    return total, normed, mean, rstd
+    return outputs
 
 
 def residual_layer_norm_backward(
@@ -328,33 +264,20 @@ def residual_layer_norm_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """See ``residual_backward`` and ``layer_norm_backward`` of :mod:`snkernels.reference`."""
-    rows, features = total.shape
-    grads, grad_views = _grads_like((x, branch, layer_scale, norm_weight, norm_bias), needs)
+    grads = _grads_like((x, branch, layer_scale, norm_weight, norm_bias), needs)
+    statistics = _statistics("mean", mean), _statistics("rstd", rstd)
     _C.residual_layer_norm_backward(
-        _view("grad_sum", grad_sum, rows, features, "cpu"),
-        _view("grad_normed", grad_normed, rows, features, "cpu"),
-        *_residual_views(branch, layer_scale, drop_path_scale),
-        _view("sum", total, rows, features, "cpu"),
-        _statistics("mean", mean, rows),
-        _statistics("rstd", rstd, rows),
-        _view("norm_weight", norm_weight, 1, features, "cpu"),
-        *grad_views,
-        torch.get_num_threads(),
+        *(grad_sum, grad_normed, branch, layer_scale, drop_path_scale),
+        *(_rows_per_scale(total, drop_path_scale), total, *statistics, norm_weight),
+        *(*grads, torch.get_num_threads()),
     )
-    return grads
+    return [grad for grad in grads if grad is not None]
 
 
-def _residual_views(
-    branch: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None
-) -> tuple[View | None, View | None, View | None, int]:
-    rows, features = branch.shape
-    samples = rows if drop_path_scale is None else drop_path_scale.shape[0]
-    return (
-        _view("branch", branch, rows, features, "cpu"),
-        _view("layer_scale", layer_scale, 1, features, "cpu"),
-        _view("drop_path_scale", drop_path_scale, 1, samples, "cpu"),
-        max(rows // max(samples, 1), 1),
-    )
+def _rows_per_scale(rows: Tensor, drop_path_scale: Tensor | None) -> int:
+    """Rows of a sample, which share a value of ``drop_path_scale``."""
+    samples = 0 if drop_path_scale is None else drop_path_scale.shape[0]
+    return max(rows.shape[0] // max(samples, 1), 1)
 
 
 def cuda_bias_layer_norm(
@@ -376,15 +299,15 @@ def cuda_bias_layer_norm(
     vectors = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
     bias, norm_weight, norm_bias = vectors
     _C.cuda_bias_layer_norm(
-        _view("gemm", gemm.contiguous(), rows, features, "cuda"),
-        _view("bias", bias, 1, features, "cuda"),
-        _view("norm_weight", norm_weight, 1, features, "cuda"),
-        _view("norm_bias", norm_bias, 1, features, "cuda"),
+        _cuda_view("gemm", gemm.contiguous(), rows, features),
+        _cuda_view("bias", bias, 1, features),
+        _cuda_view("norm_weight", norm_weight, 1, features),
+        _cuda_view("norm_bias", norm_bias, 1, features),
         eps,
-        _view("y", y, rows, features, "cuda"),
-        _view("normed", normed, rows, features, "cuda"),
-        _view("mean", mean, 1, rows, "cuda"),
-        _view("rstd", rstd, 1, rows, "cuda"),
+        _cuda_view("y", y, rows, features),
+        _cuda_view("normed", normed, rows, features),
+        _cuda_view("mean", mean, 1, rows),
+        _cuda_view("rstd", rstd, 1, rows),
         gemm.device.index,
         torch.cuda.current_stream(gemm.device).cuda_stream,
     )
@@ -488,13 +411,13 @@ def _cluster_kernel(
         if tensor.data_ptr() % 16:
             tensor = tensor.clone()
         kept.append(tensor)
-        return _view(name, tensor, rows, cols + -cols % 8, "cuda")
+        return _cuda_view(name, tensor, rows, cols + -cols % 8)
 
     def vector(name: str, tensor: Tensor | None) -> View | None:
         if tensor is None:
             return None
         kept.append(tensor.contiguous())
-        return _view(name, kept[-1], 1, features, "cuda")
+        return _cuda_view(name, kept[-1], 1, features)
 
     (rows, in_features), features = x.shape, tensors[0].shape[0]  # type: ignore[union-attr]
     stitches = []
@@ -519,10 +442,10 @@ def _cluster_kernel(
         group_offsets is not None and group_offsets.is_cpu,
         stitches,
         eps,
-        _view("y", y, rows, features, "cuda"),
-        _view("normed", normed, rows, features, "cuda"),
-        _view("mean", mean, 1, rows, "cuda"),
-        _view("rstd", rstd, 1, rows, "cuda"),
+        _cuda_view("y", y, rows, features),
+        _cuda_view("normed", normed, rows, features),
+        _cuda_view("mean", mean, 1, rows),
+        _cuda_view("rstd", rstd, 1, rows),
         y.device.index,
         torch.cuda.current_stream(y.device).cuda_stream,
     )
