@@ -22,7 +22,8 @@ except ImportError as error:
 
 # What a function of the compiled module is told of a tensor in GPU memory.
 View = tuple[int, int, int, int, int, int]
-_cuda_view: Callable[[str, Tensor | None, int, int], View | None] = CUDA_VERSION and _C.cuda_view
+_cuda_view: Callable[[str, Tensor | None, int, int], View | None]
+_cuda_view = CUDA_VERSION and _C.cuda_view  # type: ignore[assignment]
 
 
 def _grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
