@@ -34,8 +34,11 @@ def shapes(images: int) -> list[Shape]:
 
 
 def call(**sizes: int) -> Shape:
-    """One row so small that a call's time is its overhead, with next to no arithmetic in it."""
-    return Shape("call", {"M": 1, **sizes})
+    """One row so small that a call's time is its overhead, with next to no arithmetic in it.
+
+    Many calls in a row: after a call of a rival's, one alone waits for its own code and data.
+    """
+    return Shape("call", {"M": 1, **sizes}, calls=100)
 
 
 def make(shape: Shape) -> Tensors:

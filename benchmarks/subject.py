@@ -21,12 +21,14 @@ class Shape:
     """A point of the paper's model.
 
     ``compiled`` says whether torch.compile is timed there: it compiles for 4 to 50 seconds per
-    phase, so only the shapes that a claim rests on have it.
+    phase, so only the shapes that a claim rests on have it. ``calls``: how many calls in a row a
+    sample of the host's clock is the mean of.
     """
 
     label: str
     sizes: dict[str, int]
     compiled: bool = False
+    calls: int = 1
 
     def __getitem__(self, size: str) -> int:
         return self.sizes[size]

@@ -34,7 +34,8 @@ LEGEND = (
     "ratio in each round: above 1 the kernel wins. *roofline* is the share of the measured "
     "ceilings. *merged* merges the low-rank part into the weight once, before the clock starts, "
     "and so gives `lora_A` and `lora_B` no gradient; *torch backend* is the op where no kernel is "
-    "chosen; – was not timed (torch.compile compiles for long, so only where a claim rests on it)."
+    "chosen; – was not timed (torch.compile compiles for long, so only where a claim rests on it). "
+    "*call* is one row, so small that its time is the cost of a call: the mean of 100 in a row."
 )
 
 

@@ -91,15 +91,21 @@ def speedup(samples: Samples, name: str, over: str) -> Spread:
     return Spread.of([b / a for a, b in zip(samples[name], samples[over], strict=True)])
 
 
-def host_timer(call: Callable[[], object], clock: Clock = time.perf_counter) -> Callable[[], float]:
-    """A sample by the wall clock. What the call returns is freed after the clock is read."""
+def host_timer(
+    call: Callable[[], object], clock: Clock = time.perf_counter, calls: int = 1
+) -> Callable[[], float]:
+    """A sample by the wall clock, per call, of so many calls in a row.
+
+    What the last one returns is freed after the clock is read.
+    """
 
     def sample() -> float:
         start = clock()
-        result = call()
+        for _ in range(calls):
+            result = call()
         elapsed = clock() - start
         del result
-        return elapsed
+        return elapsed / calls
 
     return sample
 
