@@ -126,7 +126,7 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
       vectors.norm_bias == nullptr || rooms_of_threads == nullptr)
     return Status::out_of_memory;
-  const bool large = past_caches(M, N);
+  const bool large = past_caches(4 * M * N);
   const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
 #pragma omp parallel for num_threads(threads)
@@ -151,7 +151,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
       vectors.zeros == nullptr || partial == nullptr || rooms_of_threads == nullptr)
     return Status::out_of_memory;
-  const bool large = past_caches(M, N);
+  const bool large = past_caches(6 * M * N);
   const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
   const int64_t blocks = row_blocks(M), share = ceil_div(blocks, threads);
 #pragma omp parallel num_threads(threads)

@@ -30,8 +30,9 @@ inline const float* row_values(const View& view, int64_t row, float* room) {
   return room;
 }
 
-// Whether an output has left a core's own caches by the time the next op reads it.
-inline bool past_caches(int64_t rows, int64_t cols) { return rows * cols >= 1 << 18; }
+// Whether what an op reads and writes, so many values, is more than caches keep until the next op
+// comes. Its outputs then go past them: there is nothing to be kept, and less to be read.
+inline bool past_caches(int64_t values) { return values >= 3 << 20; }
 
 // An output whose rows are computed in their place or, if they are to be rounded or to go past the
 // caches, elsewhere.

@@ -181,7 +181,7 @@ Status stitch_forward(const StitchForward& p) {
   // Rows of a band are a cache line longer than needed: a power of two apart, all rows of a tile
   // would fall into one set of the L1 cache.
   const int64_t ldc = N + 16;
-  const bool large = past_caches(p.y.rows, N);
+  const bool large = past_caches(p.y.rows * (p.x.cols + (p.normed ? 2 : 1) * N));
   const NormedOutput out{Target(p.y, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
   bool failed = false;
@@ -288,7 +288,7 @@ Status stitch_backward(const StitchBackward& p) {
   const float* mean = static_cast<const float*>(p.mean.data);
   const float* rstd = static_cast<const float*>(p.rstd.data);
   const int64_t ldc = K + 16;
-  const Target grad_x(p.grad_x, past_caches(M, K));
+  const Target grad_x(p.grad_x, past_caches(M * (2 * K + (norm ? 4 : 1) * N)));
   bool failed = false;
 
   const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
