@@ -118,7 +118,7 @@ def test_what_can_be_put_right_is_one_line(
         (("profile", truncated), "is truncated or no safetensors file"),
         (
             ("profile", checkpoint, "--batch-sizes", "0"),
-            "batch_sizes must be integers of 1 or more",
+            "each of batch_sizes must be at least 1, got 0",
         ),
     ):
         capsys.readouterr()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from snkernels.integers import integers
 from snkernels.models.anchors import embed, finish
 from snkernels.models.blocks import entry_norm, run_block
 from snkernels.models.executor import slices
@@ -36,7 +37,7 @@ _Part = tuple[str, int]
 
 def profile(
     model: StitchedViT,
-    batch_sizes: Sequence[int],
+    batch_sizes: int | Sequence[int],
     device: torch.device | str | None = None,
     *,
     check: Literal["all"] | Iterable[int] | None = None,
@@ -59,7 +60,7 @@ def profile(
 
     Args:
         model: A stitched model.
-        batch_sizes: Images per call, each 1 or more.
+        batch_sizes: Images per call, one size or some, each 1 or more.
         device: Where to measure; None for where the model is. Elsewhere a copy of it is measured.
         check: Ids of the routes to run whole, or "all"; None for eight, from the cheapest to the
             costliest.
@@ -73,9 +74,7 @@ def profile(
             is no time, no route has an id, or none is to be checked.
     """
     model = inside(model, compiled=False)
-    sizes = sorted({operator.index(size) for size in batch_sizes})
-    if not sizes or sizes[0] < 1:
-        raise ValueError(f"batch_sizes must be integers of 1 or more, got {list(batch_sizes)}")
+    sizes = sorted(integers("batch_sizes", batch_sizes, 1))
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not 0 <= seconds < math.inf:

@@ -92,7 +92,10 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 @about_the_cpu
 def test_a_forced_backend_that_cannot_serve_says_why() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
-    with backends.use_backend("cuda"), pytest.raises(RuntimeError, match="cannot run stitch_layer_norm: "):
+    with (
+        backends.use_backend("cuda"),
+        pytest.raises(RuntimeError, match="cannot run stitch_layer_norm: "),
+    ):
         stitch_layer_norm(x, weight)
     with backends.use_backend("cuda"):
         assert torch.equal(stitch(x, weight), stitch(x, weight))  # it has none, so its own choice
