@@ -74,6 +74,30 @@ def test_a_teacher_that_was_not_drawn_gets_no_gradients() -> None:
     assert all(p.grad is not None for p in model.small.parameters())
 
 
+def test_a_teacher_shares_what_a_route_begins_with_and_goes_on_without_gradients() -> None:
+    drawn = ((seed, make(seed).space.route(make(seed).draw(1)[0])) for seed in range(100))
+    seed, route = next((s, r) for s, r in drawn if len(r.segments) == 2 and r.segments[0].anchor)
+    model = make(seed)
+    seen: dict[int, list[tuple[int, bool]]] = {}
+    for i, block in enumerate(model.large.blocks):
+        block.mlp.register_forward_hook(
+            lambda _, args, out, i=i: seen.setdefault(i, []).append((len(out), out.requires_grad))
+        )
+    training_loss(model, IMAGES, torch.tensor(LABELS), distillation=0.5).loss.backward()
+    assert seen == {i: [(len(IMAGES), i < route.segments[0].stop)] for i in range(3)}
+
+
+def test_a_teacher_under_autocast_costs_no_weight_its_gradient() -> None:
+    """Autocast keeps what it cast, and what it cast without gradients has none."""
+    model, twin = make(), make()
+    with torch.autocast("cpu", torch.bfloat16):
+        step = training_loss(model, IMAGES, torch.tensor(LABELS), routes_per_step=5, distillation=0.5)
+        twin(IMAGES, routes=twin.draw(5)).float().logsumexp(-1).sum().backward()
+    step.loss.backward()
+    ours, theirs = grads(model), grads(twin)
+    assert {n for n, g in ours.items() if g is None} == {n for n, g in theirs.items() if g is None}
+
+
 def test_a_step_runs_what_its_routes_begin_with_once() -> None:
     model = make()
     rows: Counter[str] = Counter()

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snkernels.integers import integer
-from snkernels.models.capture import uncached_autocast
-from snkernels.models.stitched import StitchedViT
 from snkernels.models.wrappers import inside
 from snkernels.routing.space import LARGE
 
@@ -55,8 +53,8 @@ def training_loss(
         routes_per_step: How many routes are drawn, each as a step alone would draw it.
         criterion: Maps the logits (batch, classes) of one route and ``labels`` to a scalar.
         distillation: Weight of ``distillation_loss`` towards the large anchor, in [0, 1]; the
-            criterion keeps the rest.  Above 0 the large anchor runs too, drawn or not, in the
-            model's present mode, and learns nothing from being a teacher.
+            criterion keeps the rest.  Above 0 the large anchor runs in the same pass, drawn or not,
+            and learns nothing from being a teacher: what only it runs has no gradient.
         temperature: See ``distillation_loss``.
 
     Returns:
@@ -79,28 +77,20 @@ def training_loss(
     before = inner.sampler.state_dict()
     try:
         drawn = inner.draw(routes_per_step)
-        logits = model(images, routes=drawn)
+        if distillation and LARGE not in drawn:
+            every = model(images, routes=[*drawn, LARGE], without_grad=[LARGE])
+            logits, teacher = every[:-1], every[-1]
+        else:
+            logits = model(images, routes=drawn)
+            teacher = logits[drawn.index(LARGE)] if distillation else None
         loss = torch.stack([criterion(route, labels) for route in logits]).mean()
-        if distillation:
-            towards = distillation_loss(logits, _teacher(inner, images, drawn, logits), temperature)
+        if teacher is not None:
+            towards = distillation_loss(logits, teacher, temperature)
             loss = (1.0 - distillation) * loss + distillation * towards
     except BaseException:
         inner.sampler.load_state_dict(before)
         raise
     return Step(loss, drawn, logits)
-
-
-def _teacher(model: StitchedViT, images: Tensor, drawn: list[int], logits: Tensor) -> Tensor:
-    """Return the large anchor's logits: those of the pass where it was drawn.
-
-    Elsewhere it runs by itself, without gradients. In the same pass it would share what routes
-    that begin in it share, but hand zeros back through all its blocks, which costs more, and leave
-    gradients of zero where an optimizer must find none.
-    """
-    if LARGE in drawn:
-        return logits[drawn.index(LARGE)]
-    with torch.no_grad(), uncached_autocast(images.device.type):
-        return model(images, stitch=LARGE)
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -127,6 +127,46 @@ def test_equals_each_route_alone(
     assert schedule.peak_rows <= (len(set(rows)) if max_rows is None else max_rows)
 
 
+class Graded(Toy):
+    """Checks that gradients reach every step that needs them, and no call that needs none."""
+
+    def __init__(self, schedule: Plan, needed: set[History]) -> None:
+        self.needed = needed
+        self.cut_off: set[History] = set()
+        super().__init__(schedule)
+
+    def make(self, call: Call) -> None:
+        if isinstance(call, Gather):
+            for piece in call.pieces:
+                if not piece.graded:
+                    self.cut_off.update(self.values[piece.value][piece.start : piece.stop])
+        before = len(self.done)
+        super().make(call)
+        steps = self.done[before:]
+        self.cut_off.update(step for step in steps if step[:-1] in self.cut_off)
+        if isinstance(call, Embed | Blocks | Switch):
+            assert call.graded == any(step in self.needed for step in steps)
+        for step in steps:
+            assert step not in self.needed or step not in self.cut_off
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.data())
+def test_gradients_stop_where_nobody_needs_them(
+    problem: tuple[StitchingSpace, list[tuple[int, Route]], int | None], data: st.DataObject
+) -> None:
+    space, rows, max_rows = problem
+    ids = sorted({route.id for _, route in rows})
+    without_grad = data.draw(st.sets(st.sampled_from(ids)))
+    schedule = plan(rows, space, max_rows, without_grad)
+    needed = {
+        history[:i]
+        for history in (alone(s, route) for s, route in rows if route.id not in without_grad)
+        for i in range(1, len(history) + 1)
+    }
+    assert Graded(schedule, needed).result == [alone(sample, route) for sample, route in rows]
+
+
 @pytest.mark.parametrize("max_rows", [None, 4])
 def test_one_route_is_the_loop_one_would_write(max_rows: int | None) -> None:
     for route in SPACE:

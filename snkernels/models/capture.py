@@ -6,8 +6,7 @@ None of this has run on a GPU yet; on a CPU its logic is tested with a stand-in 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from snkernels.integers import integer
 from snkernels.models.anchors import image_shape
+from snkernels.models.modes import uncached_autocast
 
 if TYPE_CHECKING:
     from snkernels.models.stitched import StitchedViT
@@ -120,21 +120,6 @@ class CapturedForward:
             0 if (parameter := owner[name]) is None else parameter.data_ptr()
             for owner, name, _ in self._parameters
         ]
-
-
-@contextmanager
-def uncached_autocast(device: str) -> Iterator[None]:
-    """Keep autocast as it is, but for its cache of weights that it has cast.
-
-    What is cast without gradients must not be taken for a cast with them later, and a graph must
-    cast anew at each replay, not read casts that are gone.
-    """
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, dtype=dtype, cache_enabled=False):
-        yield
 
 
 def _record(call: Callable[[], Tensor], model: nn.Module) -> tuple[Callable[[], None], Tensor]:

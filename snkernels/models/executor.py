@@ -12,7 +12,8 @@ from snkernels.kernels.on_device import on_device
 from snkernels.layers import StitchingLayer
 from snkernels.models.anchors import Anchor, embed, finish, run_blocks
 from snkernels.models.blocks import entry_norm
-from snkernels.routing.plan import Blocks, Call, Embed, Gather, Plan, Readout, Switch
+from snkernels.models.modes import no_grad
+from snkernels.routing.plan import Blocks, Call, Embed, Gather, Plan, Readout, Rows, Switch
 from snkernels.routing.space import Stitch
 
 # Rows that go through blocks together in the memory of a CPU.
@@ -91,6 +92,12 @@ class _Run:
         }
 
     def make(self, call: Call) -> None:
+        if getattr(call, "graded", True) or not torch.is_grad_enabled():
+            return self._make(call)
+        with no_grad(self.images.device.type):
+            self._make(call)
+
+    def _make(self, call: Call) -> None:
         match call:
             case Embed(anchor, samples, out):
                 if isinstance(samples, range):
@@ -117,12 +124,18 @@ class _Run:
                 else:
                     self.tokens[out] = _Tokens(*self.stitch(stitch).forward_norm(h, norm))
             case Gather(pieces=pieces, out=out):
-                h = torch.cat([self.tokens[p.value].h[p.start : p.stop] for p in pieces])
+                h = torch.cat([self._piece(piece) for piece in pieces])
                 for value in {piece.value for piece in pieces}:
                     del self.tokens[value]
                 self.tokens[out] = _Tokens(h)
             case Readout(value=value):
                 self.outputs.append(self.logits.pop(value))
+
+
+    def _piece(self, rows: Rows) -> Tensor:
+        """Return rows of a value; no gradient goes back through those that nobody asks one of."""
+        h = self.tokens[rows.value].h[rows.start : rows.stop]
+        return h if rows.graded else h.detach()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

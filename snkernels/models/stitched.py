@@ -160,6 +160,7 @@ class StitchedViT(nn.Module):
         routes: Literal["all"] | Sequence[int] | None = None,
         budget: float | str | Budget | Sequence[float | str | Budget] | None = None,
         max_rows: int | None = None,
+        without_grad: Sequence[int] = (),
     ) -> Tensor:
         """Classify images: all along one route, each along its own, or all along several.
 
@@ -178,6 +179,9 @@ class StitchedViT(nn.Module):
             max_rows: Most images that may be under way at a time, an image counting once for each
                 of the ways it takes; at least 3.  It bounds the memory of inference and changes no
                 result.  None lets all run together up to 256, or the batch if that is more.
+            without_grad: Ids of routes whose logits nobody differentiates, such as a teacher's: what
+                only they run keeps nothing for a backward pass and gets no gradient.  Their rows of
+                the logits may still require grad; detach them.
 
         Returns:
             Logits (batch, classes); with ``routes`` (routes, batch, classes).
@@ -207,7 +211,8 @@ class StitchedViT(nn.Module):
             chosen = self._one_each(stitch, batch)
             rows = list(enumerate(chosen))
         self.last_route = chosen[0].id if len({route.id for route in chosen}) == 1 else None
-        schedule = plan(rows, self.space, limit)
+        ungraded = [integer("each of without_grad", route_id) for route_id in without_grad]
+        schedule = plan(rows, self.space, limit, ungraded)
         logits = execute(schedule, (self.small, self.large), self._stitch, images)
         return logits if routes is None else logits.unflatten(0, (len(chosen), batch))
 

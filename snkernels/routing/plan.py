@@ -12,6 +12,8 @@ A plan works on numbered values. A value is a batch of rows, each the tokens of 
 * `Gather` makes a value from pieces of others and takes those away;
 * `Readout` takes a value away and gives one output per row.
 
+Calls and pieces whose rows serve only routes that nobody differentiates are not `graded`.
+
 The outputs of all readouts, in order, are rows that `Plan.order` brings into the caller's order.
 """
 
@@ -33,6 +35,7 @@ class Rows:
     value: int
     start: int
     stop: int
+    graded: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Embed:
     anchor: int
     samples: Sequence[int]
     out: int
+    graded: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Blocks:
     start: int
     stop: int
     value: int
+    graded: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Switch:
     rows: Rows
     out: int
     last: bool
+    graded: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,10 @@ class Plan:
 
 
 def plan(
-    rows: Iterable[tuple[int, Route]], space: StitchingSpace, max_rows: int | None = None
+    rows: Iterable[tuple[int, Route]],
+    space: StitchingSpace,
+    max_rows: int | None = None,
+    without_grad: Iterable[int] = (),
 ) -> Plan:
     """Plans the run of each sample on its route.
 
@@ -125,6 +134,7 @@ def plan(
         space: The space of the routes.
         max_rows: Upper bound of `Plan.peak_rows`. 3 is always enough: a row, and one left waiting
             at each of its two switches.
+        without_grad: Ids of routes whose outputs nobody differentiates.
 
     Raises:
         ValueError: ``rows`` is empty or holds a negative index or a route of another space, or
@@ -141,7 +151,7 @@ def plan(
         signature.append((index, route.id))
     if not signature:
         raise ValueError("rows must hold at least one (sample, route) pair, got none")
-    return _plan(tuple(signature), space, max_rows)
+    return _plan(tuple(signature), space, max_rows, frozenset(without_grad))
 
 
 # What a route has still to do: the cuts where it changes over, ended by the last cut; and its id.
@@ -199,7 +209,8 @@ def _sequence(indices: Iterable[int]) -> Sequence[int]:
 
 
 class _Planner:
-    def __init__(self, space: StitchingSpace) -> None:
+    def __init__(self, space: StitchingSpace, without_grad: frozenset[int]) -> None:
+        self.without_grad = without_grad
         self.bounds = ((0, 0), *space.cuts)
         self.end = len(space.cuts)
         self.calls: list[Call] = []
@@ -213,7 +224,8 @@ class _Planner:
     def embed(self, anchor: int, rows: list[_Row]) -> _Live:
         rows = sorted(rows, key=lambda row: row.departures, reverse=True)
         out = self._new(len(rows))
-        self.calls.append(Embed(anchor, _sequence(row.sample for row in rows), out))
+        samples = _sequence(row.sample for row in rows)
+        self.calls.append(Embed(anchor, samples, out, self._graded(rows)))
         return _Live(out, rows)
 
     def run(self, live: dict[int, _Live], cut: int, room: int) -> None:
@@ -222,8 +234,8 @@ class _Planner:
         Either everything the rows lead to fits in the room, or they are all in one anchor.
         """
         while True:
-            for anchor, (value, _) in live.items():
-                self._blocks(anchor, cut, value)
+            for anchor, of_anchor in live.items():
+                self._blocks(anchor, cut, of_anchor)
             cut += 1
             if cut == self.end:
                 break
@@ -250,7 +262,11 @@ class _Planner:
         if last:
             self._alive.discard(value)
 
-    def _blocks(self, anchor: int, cut: int, value: int) -> None:
+    def _graded(self, rows: Iterable[_Row]) -> bool:
+        return any(route not in self.without_grad for row in rows for _, route in row.tails)
+
+    def _blocks(self, anchor: int, cut: int, live: _Live) -> None:
+        value = live.value
         self.peak_rows = max(self.peak_rows, sum(self._sizes[v] for v in self._alive))
         stop = self.bounds[cut + 1][anchor]
         if value in self._growing:
@@ -259,7 +275,8 @@ class _Planner:
             self.calls[self._growing[value]] = replace(call, stop=stop)
         else:
             self._growing[value] = len(self.calls)
-            self.calls.append(Blocks(anchor, self.bounds[cut][anchor], stop, value))
+            start, graded = self.bounds[cut][anchor], self._graded(live.rows)
+            self.calls.append(Blocks(anchor, start, stop, value, graded))
 
     def _cross(self, live: dict[int, _Live], cut: int) -> dict[int, _Live]:
         """Plans all changes of anchor at ``cut``."""
@@ -280,7 +297,8 @@ class _Planner:
                 # Rows are ordered so that those that leave are the last ones.
                 source = Rows(value, len(rows) - len(leaving), len(rows))
                 block = self.bounds[cut][1 - anchor]
-                self.calls.append(Switch(Stitch(anchor, cut - 1), block, source, out, last))
+                stitch, graded = Stitch(anchor, cut - 1), self._graded(leaving)
+                self.calls.append(Switch(stitch, block, source, out, last, graded))
                 arrived[1 - anchor] = [(row, out, i) for i, row in enumerate(leaving)]
         return {
             anchor: self._gather(anchor, cut, arrived[anchor] + stayed[anchor])
@@ -292,13 +310,16 @@ class _Planner:
         parts.sort(key=lambda part: part[0].departures, reverse=True)
         rows = [row for row, _, _ in parts]
         pieces: list[Rows] = []
-        for _, value, i in parts:
-            if pieces and (pieces[-1].value, pieces[-1].stop) == (value, i):
-                pieces[-1] = replace(pieces[-1], stop=i + 1)
+        for row, value, i in parts:
+            graded, before = self._graded([row]), pieces[-1] if pieces else None
+            if before and (before.value, before.stop, before.graded) == (value, i, graded):
+                pieces[-1] = replace(before, stop=i + 1)
             else:
-                pieces.append(Rows(value, i, i + 1))
-        if pieces == [Rows(pieces[0].value, 0, self._sizes[pieces[0].value])]:
-            return _Live(pieces[0].value, rows)
+                pieces.append(Rows(value, i, i + 1, graded))
+        # A whole value in its order stays what it is.
+        value = parts[0][1]
+        if [place for _, *place in parts] == [[value, i] for i in range(self._sizes[value])]:
+            return _Live(value, rows)
         for piece in pieces:
             self._read(piece.value)
         out = self._new(len(rows))
@@ -329,9 +350,12 @@ def _chunks(
 
 @lru_cache(maxsize=512)
 def _plan(
-    signature: tuple[tuple[int, int], ...], space: StitchingSpace, max_rows: int | None
+    signature: tuple[tuple[int, int], ...],
+    space: StitchingSpace,
+    max_rows: int | None,
+    without_grad: frozenset[int],
 ) -> Plan:
-    planner = _Planner(space)
+    planner = _Planner(space, without_grad)
     tails: dict[int, dict[int, list[_Tail]]] = {}
     for sample, route_id in dict.fromkeys(signature):
         route = space.route(route_id)
