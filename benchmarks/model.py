@@ -166,8 +166,8 @@ def whole_space(pair: str, batch: int, rounds: int, deal: int | None = None) -> 
         pair: letters of the anchors.
         batch: number of images.
         rounds: how often the whole space is run.
-        deal: into how many parts the routes are dealt, of which each round takes one; as many as
-            there are rounds, if not more.
+        deal: into how many parts the routes are dealt, of which each round takes one; None for as
+            many as there are rounds.
     """
     deal = rounds if deal is None else deal
     model = make(pair)

@@ -81,6 +81,12 @@ def step_on_rank(rank: int, folder: str) -> None:
         average_gradients(model)
         results[name] = gradients(model), sent
     torch.save(results, f"{folder}/{rank}.pt")
+    # A large gradient whose memory is in another order than its dimensions.
+    conv = nn.Conv2d(64, 512, 3, bias=False)
+    values = torch.arange(conv.weight.numel()).view(conv.weight.shape).float()
+    conv.weight.grad = ((1 + 2 * rank) * values).to(memory_format=torch.channels_last)
+    average_gradients(conv)
+    assert torch.equal(conv.weight.grad, 2 * values)
     other = nn.Linear(3, 2 + rank)
     with pytest.raises(ValueError, match=r"its weight is \(2, 3\) of .* 0 and \(3, 3\) of .* 1"):
         broadcast_parameters(other)

@@ -117,12 +117,12 @@ def test_steps_draw_what_single_draws_would() -> None:
         assert training_loss(model, IMAGES, labels, routes_per_step=k).routes == twin.draw(k)
 
 
-class Wrapper(nn.Module):
+class Wrapper(nn.DataParallel):
     """Wraps as DistributedDataParallel does, and sees every forward."""
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.calls = module, 0
+        super().__init__(module)
+        self.calls = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1

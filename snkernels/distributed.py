@@ -98,5 +98,5 @@ def average_gradients(model: nn.Module) -> None:
         work.wait()
     for flat, group in packed:
         if flat is not group[0]:
-            parts = flat.split([gradient.numel() for gradient in group])
+            parts = flat.flatten().split([gradient.numel() for gradient in group])
             torch._foreach_copy_(group, [p.view_as(g) for p, g in zip(parts, group, strict=True)])

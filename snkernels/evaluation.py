@@ -344,7 +344,8 @@ def _measure_all(
                 journal.append(asdict(tally) for tally in fresh)
             if failure is not None:
                 raise failure
-            if not going:
+        if not going:
+            with collectives.agreed():
                 share.close()
 
 

@@ -16,14 +16,15 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
         least: The smallest that it may be.
 
     Raises:
-        TypeError: If it is something else; a bool is too.
+        TypeError: If it is something else, such as a bool or several.
         ValueError: If it is below ``least``.
     """
     try:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if number is None or truth or getattr(value, "ndim", 0):
         raise TypeError(f"{name} must be an integer, got {value!r:.80}, a {type(value).__name__}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")

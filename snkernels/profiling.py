@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import random
 import statistics
 import time
@@ -15,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from snkernels.integers import integers
-from snkernels.models.anchors import embed, finish
+from snkernels.integers import integer, integers
+from snkernels.models.anchors import embed, finish, image_shape
 from snkernels.models.blocks import entry_norm, run_block
 from snkernels.models.executor import slices
 from snkernels.models.setting import setting_of, shapes_of
@@ -75,20 +74,13 @@ def profile(
     """
     model = inside(model, compiled=False)
     sizes = sorted(integers("batch_sizes", batch_sizes, 1))
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    rounds = integer("rounds", rounds, 1)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"seconds must be 0 or more, got {seconds}")
     if check is None:
         routes: list[Route] = _spread(model, _CHECKS)
-    elif isinstance(check, str):
-        if check != "all":
-            raise ValueError(f'check must be "all" or route ids, got {check!r}')
-        routes = list(model.space)
     else:
-        routes = [model.space.route(operator.index(route_id)) for route_id in check]
-        if not routes:
-            raise ValueError("check must name at least one route, got none")
+        routes = model.space.named(check, "check")
     if device is not None and torch.empty(0, device=device).device != _device(model):
         model = copy.deepcopy(model).to(device)
     samples = {size: _Samples(model, size, routes) for size in sizes}
@@ -117,8 +109,8 @@ class _Samples:
 
     def __init__(self, model: StitchedViT, batch_size: int, routes: Sequence[Route]) -> None:
         like = next(model.parameters())
-        shape = model.small.patch_embed.proj.in_channels, *model.small.patch_embed.img_size
-        images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+        shape = (batch_size, *image_shape(model.small))
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         self.model, self.images = model, images.to(like.device, like.dtype)
         self.parts_seconds: dict[_Part, list[float]] = defaultdict(list)
         self.route_seconds: dict[Route, list[float]] = {route: [] for route in routes}

@@ -79,7 +79,7 @@ class Selection:
 
 def select(model: StitchedViT, budget: float | str | Budget, batch_size: int = 1) -> Selection:
     """Choose the best of a model's routes that a budget buys; see ``StitchedViT.select``."""
-    budget = Budget.parse(budget)
+    budget, batch_size = Budget.parse(budget), integer("batch_size", batch_size, 1)
     scores = model.scores
     if scores is None:
         raise RuntimeError(
@@ -94,7 +94,6 @@ def select(model: StitchedViT, budget: float | str | Budget, batch_size: int = 1
                 "model.profile = snkernels.profile(model, batch_sizes)"
             )
         model.profile.check_setting(setting_of(model))
-        batch_size = integer("batch_size", batch_size)
         costs = [model.profile.seconds(route, batch_size) for route in scored]
     else:
         whole = model.routes[LARGE].flops if budget.kind == "share" else 1

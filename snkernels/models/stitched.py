@@ -108,7 +108,11 @@ class StitchedViT(nn.Module):
         self.routes: tuple[ModelRoute, ...] = tuple(
             priced(route, (small, large), self._stitch) for route in self.space
         )
-        self._sampling: dict[str, Any] = {"gap": gap, "tilt": tilt, "draws": draws}
+        self._sampling: dict[str, Any] = {
+            "gap": None if gap is None else float(gap),
+            "tilt": bool(tilt),
+            "draws": draws,
+        }
         self.sampler = RouteSampler(
             {route.id: route.flops for route in self.routes},
             seed=seed,
@@ -193,7 +197,7 @@ class StitchedViT(nn.Module):
             ValueError: If no route has an id, their number is wrong, more than one of ``stitch``,
                 ``routes`` and ``budget`` are given, no route fits a budget, ``max_rows`` is too
                 small, or images are none, of another shape than the anchors' or, in CPU memory and
-                where nothing is compiled, not finite.  Nothing is drawn then.
+                where the model is not compiled as a whole, not finite.  Nothing is drawn then.
         """
         self._check_batch(images)
         batch = len(images)

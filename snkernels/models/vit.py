@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snkernels.integers import integer, is_one
+
 
 class PatchEmbed(nn.Module):
     """Cut an image into square patches and project each to a token.
@@ -177,7 +179,13 @@ class PlainViT(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = (img_size, img_size) if is_one(img_size) else img_size
+        height, width = integer("img_size", height), integer("img_size", width)
+        patch_size, in_chans = integer("patch_size", patch_size), integer("in_chans", in_chans)
+        embed_dim, num_heads = integer("embed_dim", embed_dim), integer("num_heads", num_heads)
+        depth, num_classes = integer("depth", depth), integer("num_classes", num_classes)
+        mlp_ratio, drop_path_rate = float(mlp_ratio), float(drop_path_rate)
+        init_values = None if init_values is None else float(init_values)
         for name, value in (
             ("img_size", min(height, width)),
             ("patch_size", patch_size),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from snkernels.models.stitched import StitchedViT
 
-# Names under which a wrapper holds the model, its only child: DistributedDataParallel, DataParallel
-# and AveragedModel; and torch.compile.
-_MODULE, _COMPILED = "module", "_orig_mod"
+# What calls the model that it holds, and does nothing else to images and logits.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+# The name under which torch.compile holds a model; to import its class takes seconds.
+_COMPILED = "_orig_mod"
 
 
 def inside(model: Any, *, compiled: bool = True) -> StitchedViT:
@@ -23,18 +25,20 @@ def inside(model: Any, *, compiled: bool = True) -> StitchedViT:
     Raises:
         TypeError: If it is something else; the message says what to give instead.
     """
-    inner = model
+    inner, is_compiled = model, False
     while not isinstance(inner, StitchedViT):
-        children: dict[str, Any] = inner._modules if isinstance(inner, nn.Module) else {}
-        if len(children) != 1 or not children.keys() <= {_MODULE, _COMPILED}:
+        if isinstance(inner, _WRAPPERS):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and list(inner._modules) == [_COMPILED]:
+            inner, is_compiled = inner._modules[_COMPILED], True
+        else:
             raise TypeError(
                 "model must be a StitchedViT, as it is or in DistributedDataParallel, "
                 f"got {type(inner).__name__}"
             )
-        if _COMPILED in children and not compiled:
-            raise TypeError(
-                "model must not be wrapped by torch.compile, which makes a graph of its own for "
-                "every route: give the model itself, its blocks compiled by model.compile_blocks()"
-            )
-        (inner,) = children.values()
+    if (is_compiled or inner._compiled_call_impl is not None) and not compiled:
+        raise TypeError(
+            "model must not be compiled as a whole, which makes a graph of its own for every "
+            "route: give the model itself, its blocks compiled by model.compile_blocks()"
+        )
     return inner

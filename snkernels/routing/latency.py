@@ -285,7 +285,7 @@ class Profile:
 
 def _pair(name: str, value: Any) -> Pair:
     """The seconds of both anchors, from JSON."""
-    if not isinstance(value, list) or len(value) != 2:
+    if not isinstance(value, list | tuple) or len(value) != 2:
         raise ValueError(f"{name} must be two times, got {value!r}")
     small, large = (_time(name, seconds) for seconds in value)
     return small, large
