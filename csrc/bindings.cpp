@@ -1,21 +1,23 @@
 // snkernels._C: the compiled kernels, called with tensors. Shapes, number formats and devices are
 // checked where a tensor becomes a View (tensor.h).
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "tensor.h"
-#ifdef SNK_WITH_CUDA
-#include "cuda/kernels.h"
-#endif
 
 namespace py = pybind11;
+
+#ifdef SNK_WITH_CUDA
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "cuda/kernels.h"
 
 namespace pybind11::detail {
 // What Python was told of a tensor by `view`: (pointer, dtype, rows, cols, row_stride, col_stride),
@@ -45,6 +47,7 @@ struct type_caster<snk::View> {
   }
 };
 }  // namespace pybind11::detail
+#endif
 
 namespace {
 
@@ -56,6 +59,7 @@ using snk::ANY, snk::View, snk::vector_of, snk::view_of;
 snk::cpu::StitchGroup group_of(const py::tuple& members, int64_t in_features,
                                int64_t out_features) {
   const auto at = [&](size_t i) { return handle(PyTuple_GET_ITEM(members.ptr(), i)); };
+  if (at(5).is_none() != at(6).is_none()) throw py::value_error("lora_A and lora_B go together");
   snk::cpu::StitchGroup group{};
   group.first = at(0).cast<int64_t>();
   group.last = at(1).cast<int64_t>();
@@ -86,6 +90,14 @@ std::vector<snk::cpu::StitchGroup> groups_of(const py::list& groups, int64_t in_
   return all;
 }
 
+// One value for each `rows_per_scale` of the rows; the last may have fewer.
+View scale_of(handle drop_path_scale, int64_t rows, int64_t rows_per_scale) {
+  const View scale = vector_of("drop_path_scale", drop_path_scale, ANY);
+  if (scale && scale.cols * rows_per_scale < rows)
+    throw py::value_error("drop_path_scale must have a value for every row");
+  return scale;
+}
+
 template <typename Params>
 void run_cpu(snk::Status (*kernel)(const Params&), const Params& params) {
   snk::Status status;
@@ -108,8 +120,8 @@ void bind_cpu(py::module_& m) {
     if (!use_isa(name.c_str())) throw py::value_error("this machine cannot run " + name);
   }, "Makes the CPU kernels use another instruction set.");
 
-  m.def("stitch_forward", [](handle x, const py::list& groups, int64_t features, float eps, handle y,
-                             handle normed, handle mean, handle rstd, int threads) {
+  m.def("stitch_forward", [](handle x, const py::list& groups, int64_t features, float eps,
+                             handle y, handle normed, handle mean, handle rstd, int threads) {
     StitchForward p;
     p.x = view_of("x", x, ANY, ANY);
     const int64_t rows = p.x.rows;
@@ -151,7 +163,7 @@ void bind_cpu(py::module_& m) {
           const int64_t rows = p.h.rows, features = p.h.cols;
           p.branch = view_of("branch", branch, rows, features);
           p.layer_scale = vector_of("layer_scale", layer_scale, features);
-          p.drop_path_scale = vector_of("drop_path_scale", drop_path_scale, ANY);
+          p.drop_path_scale = scale_of(drop_path_scale, rows, rows_per_scale);
           p.rows_per_scale = rows_per_scale;
           p.norm_weight = vector_of("norm_weight", norm_weight, features);
           p.norm_bias = vector_of("norm_bias", norm_bias, features);
@@ -175,7 +187,7 @@ void bind_cpu(py::module_& m) {
           p.grad_normed = view_of("grad_normed", grad_normed, rows, features);
           p.branch = view_of("branch", branch, rows, features);
           p.layer_scale = vector_of("layer_scale", layer_scale, features);
-          p.drop_path_scale = vector_of("drop_path_scale", drop_path_scale, ANY);
+          p.drop_path_scale = scale_of(drop_path_scale, rows, rows_per_scale);
           p.rows_per_scale = rows_per_scale;
           p.mean = vector_of("mean", mean, rows);
           p.rstd = vector_of("rstd", rstd, rows);

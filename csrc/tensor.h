@@ -18,8 +18,8 @@ inline PyObject* forever(PyObject* object) {
 constexpr int64_t ANY = -1;  // rows or columns
 
 // What a kernel is told of a tensor: a matrix, or a vector as a matrix of one row; nothing of None.
-// Throws unless it is what a kernel can read. Every tensor of every call comes through here, so it is
-// written for speed: in Python it takes three times as long, and longer than a small kernel.
+// Throws unless it is what a kernel can read. Every tensor of every call comes through here, so it
+// is written for speed: in Python it takes three times as long, and longer than a small kernel.
 inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int64_t cols,
                     bool on_cpu = true) {
   using pybind11::reinterpret_steal, pybind11::object, pybind11::error_already_set;
@@ -70,9 +70,10 @@ inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int
     if ((rows == ANY || rows == view.rows) && (cols == ANY || cols == view.cols)) return view;
   }
   const auto wanted = [](int64_t size) { return size == ANY ? "any" : std::to_string(size); };
+  const auto plain = known(PySequence_Tuple(shape.ptr()));  // not "torch.Size([…])"
   throw pybind11::value_error(std::string(name) + " must have shape (" + wanted(rows) + ", " +
                               wanted(cols) + "), but it has " +
-                              std::string(pybind11::repr(pybind11::tuple(shape))));
+                              std::string(pybind11::repr(plain)));
 }
 
 inline View vector_of(const char* name, pybind11::handle tensor, int64_t size,

@@ -37,9 +37,9 @@ inline void row_statistics(const float* const (&y)[R], int64_t n, const Sum (&to
   });
   each<R>([&](auto i) {
     const float off = deviations[i].total() / n;
-    const float variance = squares[i].total() / n - off * off;
+    const float variance = squares[i].total() / n - off * off;  // may be NaN, and stays it
     statistics[i] = {guess[i] + off,
-                     1.0f / __builtin_sqrtf((variance > 0 ? variance : 0) + eps)};
+                     1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps)};
   });
 }
 
@@ -49,8 +49,8 @@ struct NormedOutput {
   float *const mean, *const rstd;
   const float eps;
 
-  // Writes R rows from `row` on, whose values are value(V(), i, j), and keeps them in room[i]. LN is
-  // of the y that is returned, or the backward, which starts from it, would not fit.
+  // Writes R rows from `row` on, whose values are value(V(), i, j); room[i] is for row i while it is
+  // worked on. LN is of the y that is returned, or the backward, which starts from it, would not fit.
   template <int R, typename Value>
   void write(int64_t row, int64_t n, const float* weight, const float* bias,
              float* const (&room)[R], Value value) const {
@@ -86,13 +86,13 @@ struct NormedOutput {
         put_last(near[i], far[i], j, V(d * statistics[i].rstd * w + b));
       });
     });
-    each<R>([&](auto i) { normed.round(row + i, near[i]); });
+    each<R>([&](auto i) { normed.end(row + i, near[i]); });
   }
 };
 
-// A row of the backward: y, the gradients of LN(y) and of y itself, what else `finish` reads or null,
-// and room for the gradient of y by way of both. What is absent is a row of zeros, so that all rows
-// are worked on alike.
+// A row of the backward: y, the gradients of LN(y) and of y itself, what else `finish` reads, and room
+// for the gradient of y by way of both. What is absent is a row of zeros, so that all rows are worked
+// on alike.
 struct NormedRow {
   const float *y, *grad_normed, *grad_y, *other;
   float* grad;

@@ -93,7 +93,7 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
                  normed ? RowStatistics{mean[row + i], rstd[row + i]} : RowStatistics{0, 0}};
     });
     // The gradient of h is that of the sum.
-    normalize_backward(rows, N, vectors.norm_weight, sum_weight, sum_bias,
+    normalize_backward(rows, N, normed ? vectors.norm_weight : vectors.zeros, sum_weight, sum_bias,
                        [&](auto v, const auto& total, int64_t j) {
                          using V = decltype(v);
                          V to_scale = get<V>(sum_scale + j);
@@ -106,8 +106,8 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
                          put(sum_scale + j, to_scale);
                        });
     each<R>([&](auto i) {
-      grad_h.round(row + i, near_h[i]);
-      grad_branch.round(row + i, near_branch[i]);
+      grad_h.end(row + i, near_h[i]);
+      grad_branch.end(row + i, near_branch[i]);
     });
   });
 }
@@ -153,14 +153,15 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
     return Status::out_of_memory;
   const bool large = past_caches(6 * M * N);
   const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
-  const int64_t blocks = row_blocks(M), share = ceil_div(blocks, threads);
+  const int64_t blocks = row_blocks(M);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int thread = 0; thread < threads; ++thread) {
-      for (int64_t block = thread * share; block < smaller(blocks, (thread + 1) * share); ++block)
-        sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t first, int64_t last, float* sums) {
-          backward_rows(p, grad_h, grad_branch, vectors, first, last, sums,
+      const int64_t end = (thread + 1) * blocks / threads;
+      for (int64_t block = thread * blocks / threads; block < end; ++block)
+        sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t first, int64_t last, float* to) {
+          backward_rows(p, grad_h, grad_branch, vectors, first, last, to,
                         rooms_of_threads + thread * room);
         });
       stream_fence();

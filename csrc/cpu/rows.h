@@ -1,4 +1,4 @@
-// What ops do row by row: read and write rows and vectors, normalise them, sum over them.
+// What ops do row by row: read and write rows and vectors, sum over them.
 #pragma once
 
 #include "cpu/vec.h"
@@ -48,18 +48,22 @@ class Target {
   }
   // Where each is to be streamed once it is known, or null.
   float* far(int64_t row) const { return view_ && streams_ ? at(row) : nullptr; }
-  // Ends a row that was worked on there. What is kept of it becomes what was written, rounded.
+  // Ends a row that was worked on there.
+  void end(int64_t row, const float* values) const {
+    if (view_ && !in_place_) write_row(view_, row, values);
+  }
+  // The same, and what is kept of it becomes what was written: what follows then belongs to that.
   void round(int64_t row, float* values) const {
     if (view_ && !in_place_) write_row_rounding(view_, row, values);
   }
   // Writes a row that was made elsewhere.
-  void write(int64_t row, float* values) const {
+  void write(int64_t row, const float* values) const {
     if (streams_)
       for (int64_t j = 0; j < view_.cols; j += VL) stream(at(row) + j, load(values + j));
     else if (in_place_)
       std::memcpy(at(row), values, view_.cols * sizeof(float));
     else
-      write_row_rounding(view_, row, values);
+      write_row(view_, row, values);
   }
 
  private:
@@ -117,6 +121,7 @@ class Sum {
     rest_ += v;
   }
   float total() const {
+    static_assert(CHAINS == 2);
     vec v = lanes_[0] + lanes_[1];
     fold<VL / 2>(v);
     return rest_ + v[0];
@@ -140,10 +145,10 @@ class Sum {
 // The sums over rows that become the gradients of vectors. Rows are cut into blocks whose number
 // does not depend on the threads; a few rows at a time are summed in fp32, and such sums in fp64, so
 // that the error does not grow with the number of rows.
-constexpr int64_t ROW_BLOCKS = 32, ROWS_AT_ONCE = 16;
+constexpr int64_t ROW_BLOCKS = 64, ROWS_AT_ONCE = 16;
 
 inline int64_t row_blocks(int64_t rows) {
-  return smaller(ROW_BLOCKS, ceil_div(rows, ROWS_AT_ONCE));
+  return smaller(ROW_BLOCKS, ceil_div(rows, 2 * ROWS_AT_ONCE));
 }
 
 // Floats that hold `width` fp64 sums for each block of rows, and behind them room to make them.

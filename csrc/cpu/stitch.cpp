@@ -240,7 +240,7 @@ struct Intermediates {
 
 }  // namespace
 
-// In four steps: the gradient of y and the sums over rows, the weights packed; the gradient of x
+// In three steps: the gradient of y and the sums over rows, the weights packed; the gradient of x
 // and the low-rank intermediates, band by band; the products over all rows.
 Status stitch_backward(const StitchBackward& p) {
   static thread_local Plan plan_of_thread;
@@ -344,7 +344,7 @@ Status stitch_backward(const StitchBackward& p) {
           }
           NormedRow rows[R];
           for (int k = 0; k < R; ++k)
-            rows[k] = {values(p.y, k, 0), values(p.grad_normed, k, 1), direct[k], nullptr,
+            rows[k] = {values(p.y, k, 0), values(p.grad_normed, k, 1), direct[k], zeros,
                        grad_y + (row + k) * N, {mean[row + k], rstd[row + k]}};
           normalize_backward(rows, N, norm_weight, sum_weight, sum_norm_bias,
                              [&](auto v, const auto& total, int64_t j) {
@@ -426,6 +426,7 @@ Status stitch_backward(const StitchBackward& p) {
     local.release_if_large();
   }
   plan.release_if_large();
+  sums_memory.release_if_large();
   grad_memory.release_if_large();
   low_rank_memory.release_if_large();
   return failed ? Status::out_of_memory : Status::ok;

@@ -69,9 +69,12 @@ def test_opcheck_of_groups_in_triton(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.snkernels, name).default, args)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize("isa", native._C.cpu_isas() if native._C else [])
+def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
+    """Nor do rows that go through a kernel with others give other bits than alone."""
+    before, best = torch.get_num_threads(), native._C.cpu_isa()
     results = []
+    native._C.cpu_use_isa(isa)
     try:
         with backends.use_backend("cpu"):
             for threads in (1, 2, 3, 7):
@@ -84,6 +87,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 results.append(outputs)
     finally:
         torch.set_num_threads(before)
+        native._C.cpu_use_isa(best)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
@@ -121,11 +125,13 @@ def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatc
 
 
 @about_the_cpu
-def test_the_pointer_face_refuses_what_it_would_misread() -> None:
+def test_the_compiled_module_refuses_what_it_would_misread() -> None:
     x, weight = torch.randn(4, 3), torch.randn(5, 3)
-    with pytest.raises(ValueError, match=r"lora_B must have shape \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"lora_B must have shape \(5, 2\), but it has \(5, 1\)"):
         native.stitch_forward(x, weight, None, torch.randn(2, 3), torch.randn(5, 1), 1.0)
     with pytest.raises(ValueError, match=r"weight must have shape \(5, 2\)"):
         native.stitch_forward(torch.randn(4, 2), weight, None, None, None, 1.0)
+    with pytest.raises(ValueError, match="lora_A and lora_B go together"):
+        native.stitch_forward(x, weight, None, torch.randn(2, 3), None, 1.0)
     with pytest.raises(TypeError, match="bias must be float32"):
         native.stitch_forward(x, weight, torch.zeros(5).double(), None, None, 1.0)

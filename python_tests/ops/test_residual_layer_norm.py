@@ -9,6 +9,11 @@ from snkernels.ops import residual_layer_norm
 OP = "residual_layer_norm"
 
 
+def test_one_token_has_no_samples_to_scale() -> None:
+    with pytest.raises(ValueError, match="drop_path_scale must be None for h of one dimension"):
+        residual_layer_norm(torch.ones(3), torch.ones(3), drop_path_scale=torch.ones(3))
+
+
 def test_one_drop_path_value_for_each_sample(backend: str) -> None:
     h, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
     total, _ = residual_layer_norm(h, branch, drop_path_scale=torch.tensor([0.0, 2.0, 1.0]))

@@ -1,4 +1,4 @@
-"""The thin face of the compiled module: tensors become pointers here, after every check.
+"""The thin face of the compiled module, which reads and checks the tensors that it is given.
 
 The functions have the signatures of the library ops that they implement and allocate the outputs.
 """

@@ -207,6 +207,8 @@ def residual_layer_norm(
     check_tensor("norm_weight", norm_weight, h, (features,))
     check_tensor("norm_bias", norm_bias, h, (features,))
     check_number("eps", eps, 0.0)
+    if drop_path_scale is not None and h.dim() == 1:
+        raise ValueError("drop_path_scale must be None for h of one dimension: it scales samples")
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
     dtype = torch.promote_types(h.dtype, branch.dtype)

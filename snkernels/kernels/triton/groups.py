@@ -95,7 +95,7 @@ class Groups:
         features: int,
     ) -> None:
         self.rows, self.count = x.shape[0], len(scalings)
-        self.offsets = group_offsets
+        self.offsets = group_offsets.contiguous()
         if group_offsets.device != x.device:
             self.offsets = on_device(tuple(group_offsets.tolist()), x.device)
         roles = [list(tensors[i::6]) for i in range(6)]

@@ -72,17 +72,19 @@ def _project_groups_kernel(
         mask = (o_m[:, None] < end) & (o_n[None, :] < N)
         y = tl.load(at(x, o_m, o_n), mask=mask, other=0.0).to(tl.float32)
     else:
+        # By names of their own: a size of 1 is a constant, which a branch cannot make a tensor.
+        terms, rank = K, R
         if NARROW:
-            K = tl.where(lacks(w, group), 0, K)
+            terms = tl.where(lacks(w, group), 0, K)
         if low is not None:
-            R = tl.where(lacks(b, group), 0, R)
+            rank = tl.where(lacks(b, group), 0, R)
         (y,) = project_tiles(
             x,
             of_group(w, group),
             of_group(bias, group),
             low,
             of_group(b, group),
-            *(row, column, end, N, K, R, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
+            *(row, column, end, N, terms, rank, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
             TILES=1,
         )
         if NARROW:

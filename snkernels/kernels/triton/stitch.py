@@ -142,7 +142,7 @@ def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = Fa
     precision = dot_precision(left.dtype)
     config = configs.outer(left.dtype, precision, width)
     tiles = triton.cdiv(height, config["BLOCK_P"]) * triton.cdiv(width, config["BLOCK_Q"])
-    chunks = max(1, min(256 // tiles, rows // (2 * config["BLOCK_M"])))
+    chunks = max(1, min(256 // max(1, tiles), rows // (2 * config["BLOCK_M"])))
     partial = torch.empty((chunks, *shape), dtype=torch.float32, device=left.device)
     launch(
         _outer_kernel,
