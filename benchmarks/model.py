@@ -10,8 +10,8 @@ CPU. Run it on a machine that does nothing else: on 2 cores it takes about 25 mi
 The whole space is timed in rounds: each runs ours once, and a part of the routes one by one in the
 other ways, dealt so that every round has cheap and costly ones. What a round takes is scaled to all
 routes by its share of the multiply-adds. All rounds together have every route once, but for the
-largest case, ``--large``: S-L at batch 8 in two rounds of a sixth of the routes each, which by
-itself takes about 13 minutes.
+largest case, ``--large``: S-L at batch 8 in two rounds of a twelfth of the routes each, which by
+itself takes about 7 minutes.
 """
 
 import argparse
@@ -413,7 +413,7 @@ Job = Callable[[], Comparison | Memory | Accuracy]
 def jobs(quick: bool, large: bool) -> Iterator[Job]:
     """What a run measures, one after another."""
     if large:
-        yield lambda: whole_space("SL", 8, 2, deal=6)
+        yield lambda: whole_space("SL", 8, 2, deal=12)
         return
     if quick:
         yield lambda: whole_space("SB", 1, 2)

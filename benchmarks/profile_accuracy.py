@@ -4,7 +4,7 @@
 
 profiles DeiT3 pairs with random weights at batch 1, runs all routes whole to compare, and writes a
 record, a table (.md) and a plot (.png) beside it. Run it on a machine that does nothing else; on 2
-cores it takes about a quarter of an hour.
+cores it takes about ten minutes.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"`{record['command']}`",
         "",
         "**Latency of every route, predicted from its parts, against its own runs** "
-        f"(DeiT3 shapes at 224², batch 1, medians of {record['rounds']} rounds)",
+        f"(DeiT3 shapes at 224², batch 1, medians of {record['rounds']} rounds; each run is set "
+        "against the parts as they were right before and after it)",
         "",
         f"| pair | routes | S alone, ms | L alone, ms | within {WITHIN:.0%} "
         "| median error | 95 % within | worst |",
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_accuracy")
     parser.add_argument("--pairs", nargs="+", default=["S-L", "S-B"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
         "--out", type=Path, help="default: benchmarks/results/profile/cpu-DATE.json"
     )

@@ -28,7 +28,7 @@ from snkernels.routing.space import LARGE, SMALL, Route, Segment, Stitch, Stitch
 
 _CHECKS = 8
 # Whole routes that are run between one time that the parts are measured and the next.
-_CHUNK = 24
+_CHUNK = 12
 
 # Name of a part, and the anchor that it belongs to.
 _Part = tuple[str, int]
@@ -48,9 +48,12 @@ def profile(
 
     Parts are timed where they stand in a forward pass, one after another along walks through both
     anchors and over every switch, so that weights are as far from the processor's caches, and
-    activations as near, as when a route runs. Whole routes are run in turns with the walks. Medians
-    over the rounds are kept; blocks of one anchor count as alike, and so do stitches of one
-    direction.
+    activations as near, as when a route runs. Medians over the rounds are kept; blocks of one anchor
+    count as alike, and so do stitches of one direction.
+
+    Whole routes are run in turns with the walks, and each run is compared with the parts as they
+    were right before and after it, so that a machine which is slow for some seconds does not count
+    as an error of the prediction.
 
     The model is measured as it is: compiled blocks are measured compiled. It runs in eval mode and
     inference mode, and the training flags of its modules are restored. On an otherwise idle machine
@@ -97,9 +100,10 @@ def profile(
             turn.take()
     parts = {size: samples[size].parts() for size in sizes}
     checks = tuple(
-        Check(size, route.id, parts[size].seconds(route), statistics.median(times))
+        Check(size, route.id, predicted, predicted * statistics.median(ratios))
         for size in sizes
-        for route, times in samples[size].route_seconds.items()
+        for route, ratios in samples[size].route_ratios.items()
+        for predicted in [parts[size].seconds(route)]
     )
     return Profile(setting_of(model), shapes_of(model), parts, checks)
 
@@ -112,38 +116,45 @@ class _Samples:
         shape = (batch_size, *image_shape(model.small))
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         self.model, self.images = model, images.to(like.device, like.dtype)
-        self.parts_seconds: dict[_Part, list[float]] = defaultdict(list)
-        self.route_seconds: dict[Route, list[float]] = {route: [] for route in routes}
+        self.parts_seconds: list[dict[_Part, float]] = []  # one for each walk
+        # What each run took, over the sum of its parts at that time.
+        self.route_ratios: dict[Route, list[float]] = {route: [] for route in routes}
         self.random = random.Random(0)
 
     @property
     def runs(self) -> int:
         """How many forward passes ``take`` makes."""
-        return 4 * math.ceil(len(self.route_seconds) / _CHUNK) + len(self.route_seconds)
+        chunks = math.ceil(len(self.route_ratios) / _CHUNK)
+        return 4 * (chunks + 1) + len(self.route_ratios)
 
     def take(self) -> None:
         """Measure everything once, whole routes in a new order."""
-        space = self.model.space
-        paths = (space.route(SMALL), space.route(LARGE), *_zigzags(space))
-        routes = list(self.route_seconds)
+        routes = list(self.route_ratios)
         self.random.shuffle(routes)
-        # What else the machine does comes and goes, and must strike parts and routes alike.
+        before = self._walks()
         for start in range(0, len(routes), _CHUNK):
-            for path in paths:
-                for part, seconds in self._walk(path).items():
-                    # Not the median: a route pays for all its blocks, the slow ones too.
-                    self.parts_seconds[part].append(statistics.mean(seconds))
-            for route in routes[start : start + _CHUNK]:
-                self.route_seconds[route].append(self._run(route))
+            seconds = {route: self._run(route) for route in routes[start : start + _CHUNK]}
+            after = self._walks()
+            around = _parts(before + after)
+            for route, taken in seconds.items():
+                self.route_ratios[route].append(taken / around.seconds(route))
+            before = after
 
     def parts(self) -> Parts:
         """Medians over what was measured."""
-        medians = {part: statistics.median(times) for part, times in self.parts_seconds.items()}
+        return _parts(self.parts_seconds)
 
-        def pair(name: str) -> tuple[float, float]:
-            return medians.get((name, SMALL), 0.0), medians.get((name, LARGE), 0.0)
-
-        return Parts(*map(pair, PARTS))
+    def _walks(self) -> list[dict[_Part, float]]:
+        """Measure all parts once, each along every path that has it."""
+        space = self.model.space
+        paths = (space.route(SMALL), space.route(LARGE), *_zigzags(space))
+        # Not the median: a route pays for all its blocks, the slow ones too.
+        walks = [
+            {part: statistics.mean(seconds) for part, seconds in self._walk(path).items()}
+            for path in paths
+        ]
+        self.parts_seconds += walks
+        return walks
 
     def _run(self, route: Route) -> float:
         watch = _watch(self.images.device)
@@ -201,6 +212,20 @@ class _Samples:
         for (name_and_anchor, _), total in totals.items():
             seconds[name_and_anchor].append(total)
         return seconds
+
+
+def _parts(walks: Sequence[dict[_Part, float]]) -> Parts:
+    """Medians over walks."""
+    times: dict[_Part, list[float]] = defaultdict(list)
+    for walk in walks:
+        for part, seconds in walk.items():
+            times[part].append(seconds)
+    medians = {part: statistics.median(each) for part, each in times.items()}
+
+    def pair(name: str) -> tuple[float, float]:
+        return medians.get((name, SMALL), 0.0), medians.get((name, LARGE), 0.0)
+
+    return Parts(*map(pair, PARTS))
 
 
 class _Watch:

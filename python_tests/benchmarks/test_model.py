@@ -69,7 +69,7 @@ def test_the_largest_case_is_asked_for_by_itself(
     monkeypatch.setattr(model, "whole_space", lambda *args, **options: done.append((args, options)))
     for job in model.jobs(quick=False, large=True):
         job()
-    assert done == [(("SL", 8, 2), {"deal": 6})]
+    assert done == [(("SL", 8, 2), {"deal": 12})]
 
 
 @pytest.mark.parametrize("broken", ["release_block", "fused_loop"])

@@ -62,7 +62,8 @@ class Check:
         batch_size: Images of the call.
         route: Id of the route.
         predicted: Seconds by ``Parts.seconds``.
-        measured: Seconds of ``model(images, stitch=route)``, the median of some calls.
+        measured: Seconds of ``model(images, stitch=route)``: ``predicted`` times the median of what
+            calls took over the sum of their parts right before and after.
     """
 
     batch_size: int
