@@ -61,6 +61,23 @@ KERNELS = {
 }
 
 
+def test_groups_compile_with_an_identity_and_ranks_of_one() -> None:
+    """Sizes of 1 are constants to the compiler, and the identity is a branch of its own."""
+    done = run(
+        "-c",
+        "import triton\n"
+        "from snkernels.kernels import report\n"
+        "from snkernels.kernels.triton import launch\n"
+        "def build(kernel, grid, args, options):\n"
+        "    kernel.warmup(*args, grid=grid, **options)\n"
+        "triton.runtime.driver.set_active(report.NoGpu(90))\n"
+        "with launch.launches_go_to(build):\n"
+        "    for shape in (report.Shape(64, 64, 1), report.Shape(1, 1, 1)):\n"
+        "        report.launch_groups(shape, report.DTYPES['fp16'], groups=2, identity=True)\n",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "fp16"), (90, "bf16"), (100, "bf16/fp32")])
 def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     """No spills, tensor cores, shared memory that there is, 64-bit addresses (see faults).

@@ -307,9 +307,17 @@ def launch_stitches(shape: Shape, numbers: Numbers, rows: int = ROWS) -> None:
     )
 
 
-def launch_groups(shape: Shape, numbers: Numbers, rows: int = ROWS, groups: int = GROUPS) -> None:
-    """Calls the grouped ops likewise, for so many groups of that shape."""
+def launch_groups(
+    shape: Shape,
+    numbers: Numbers,
+    rows: int = ROWS,
+    groups: int = GROUPS,
+    identity: bool = False,
+) -> None:
+    """Calls the grouped ops likewise, for so many groups of that shape; the last the identity."""
     tensors = _parameters(shape, numbers) * groups
+    if identity:
+        tensors[-len(PARAMETERS) :] = [None] * len(PARAMETERS)
     x, grad = (
         _tensor(numbers.tokens, rows, width) for width in (shape.in_features, shape.out_features)
     )
