@@ -314,7 +314,7 @@ def launch_groups(
     groups: int = GROUPS,
     identity: bool = False,
 ) -> None:
-    """Calls the grouped ops likewise, for so many groups of that shape; the last the identity."""
+    """Calls the grouped ops likewise, for so many groups of that shape, the last an identity or not."""
     tensors = _parameters(shape, numbers) * groups
     if identity:
         tensors[-len(PARAMETERS) :] = [None] * len(PARAMETERS)
@@ -327,7 +327,8 @@ def launch_groups(
             *operands, shape.out_features, normalize, 1e-6
         )
         multi_stitch_backward.multi_stitch_backward(
-            grad, grad if normalize else None, *operands, y, mean, rstd, [True] * (1 + len(tensors))
+            *(grad, grad if normalize else None, *operands, y, mean, rstd),
+            [True, *(tensor is not None for tensor in tensors)],
         )
 
 
