@@ -93,9 +93,10 @@ class _Run:
 
     def make(self, call: Call) -> None:
         if getattr(call, "graded", True) or not torch.is_grad_enabled():
-            return self._make(call)
-        with no_grad(self.images.device.type):
             self._make(call)
+        else:
+            with no_grad(self.images.device.type):
+                self._make(call)
 
     def _make(self, call: Call) -> None:
         match call:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snkernels.integers import integer, is_one
+from snkernels.integers import integer
 
 
 class PatchEmbed(nn.Module):
@@ -179,7 +179,7 @@ class PlainViT(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if is_one(img_size) else img_size
+        height, width = img_size if isinstance(img_size, tuple | list) else (img_size, img_size)
         height, width = integer("img_size", height), integer("img_size", width)
         patch_size, in_chans = integer("patch_size", patch_size), integer("in_chans", in_chans)
         embed_dim, num_heads = integer("embed_dim", embed_dim), integer("num_heads", num_heads)
