@@ -91,7 +91,9 @@ def test_a_teacher_under_autocast_costs_no_weight_its_gradient() -> None:
     """Autocast keeps what it cast, and what it cast without gradients has none."""
     model, twin = make(), make()
     with torch.autocast("cpu", torch.bfloat16):
-        step = training_loss(model, IMAGES, torch.tensor(LABELS), routes_per_step=5, distillation=0.5)
+        step = training_loss(
+            model, IMAGES, torch.tensor(LABELS), routes_per_step=5, distillation=0.5
+        )
         twin(IMAGES, routes=twin.draw(5)).float().logsumexp(-1).sum().backward()
     step.loss.backward()
     ours, theirs = grads(model), grads(twin)

@@ -24,7 +24,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
     except TypeError:
         number = None
     truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if number is None or truth or getattr(value, "ndim", 0):
+    if number is None or truth or int(getattr(value, "ndim", 0)) > 0:
         raise TypeError(f"{name} must be an integer, got {value!r:.80}, a {type(value).__name__}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")

@@ -48,8 +48,8 @@ def profile(
 
     Parts are timed where they stand in a forward pass, one after another along walks through both
     anchors and over every switch, so that weights are as far from the processor's caches, and
-    activations as near, as when a route runs. Medians over the rounds are kept; blocks of one anchor
-    count as alike, and so do stitches of one direction.
+    activations as near, as when a route runs. Medians over the rounds are kept; blocks of one
+    anchor count as alike, and so do stitches of one direction.
 
     Whole routes are run in turns with the walks, and each run is compared with the parts as they
     were right before and after it, so that a machine which is slow for some seconds does not count

@@ -314,7 +314,7 @@ def launch_groups(
     groups: int = GROUPS,
     identity: bool = False,
 ) -> None:
-    """Calls the grouped ops likewise, for so many groups of that shape, the last an identity or not."""
+    """Calls the grouped ops likewise, for so many groups of that shape; the last may do nothing."""
     tensors = _parameters(shape, numbers) * groups
     if identity:
         tensors[-len(PARAMETERS) :] = [None] * len(PARAMETERS)

@@ -132,7 +132,6 @@ class _Run:
             case Readout(value=value):
                 self.outputs.append(self.logits.pop(value))
 
-
     def _piece(self, rows: Rows) -> Tensor:
         """Return rows of a value; no gradient goes back through those that nobody asks one of."""
         h = self.tokens[rows.value].h[rows.start : rows.stop]

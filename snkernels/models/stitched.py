@@ -183,9 +183,9 @@ class StitchedViT(nn.Module):
             max_rows: Most images that may be under way at a time, an image counting once for each
                 of the ways it takes; at least 3.  It bounds the memory of inference and changes no
                 result.  None lets all run together up to 256, or the batch if that is more.
-            without_grad: Ids of routes whose logits nobody differentiates, such as a teacher's: what
-                only they run keeps nothing for a backward pass and gets no gradient.  Their rows of
-                the logits may still require grad; detach them.
+            without_grad: Ids of routes whose logits nobody differentiates, such as a teacher's:
+                what only they run keeps nothing for a backward pass and gets no gradient.  Their
+                rows of the logits may still require grad; detach them.
 
         Returns:
             Logits (batch, classes); with ``routes`` (routes, batch, classes).

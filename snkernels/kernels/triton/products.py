@@ -54,8 +54,8 @@ def project_tiles(
     """BLOCK_M rows of x w + low b + bias from ``row`` on, TILES tiles of columns from ``column``.
 
     x (M, K), w (K, N), bias (N,), low (M, R) in fp32 and b (R, N) are operands, of which bias and
-    low may be None, and low has adjacent columns; with TMA, x and w are descriptors, that of w one of wᵀ if TRANSPOSED. Products
-    are in the dtype of x. ``row`` and ``column`` are int64.
+    low may be None, and low has adjacent columns; with TMA, x and w are descriptors, that of w one
+    of wᵀ if TRANSPOSED. Products are in the dtype of x. ``row`` and ``column`` are int64.
     """
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
