@@ -5,11 +5,16 @@ from pathlib import Path
 import device  # noqa: F401 - before anything imports triton
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Processes that tests spawn find the tests by it; last, so that the installed package comes first.
 sys.path.append(str(Path(__file__).parents[1]))
 
 torch.set_num_threads(1)
+
+# On a machine that others use too, drawing an example may take seconds now and then.
+settings.register_profile("shared", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

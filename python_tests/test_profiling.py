@@ -169,7 +169,7 @@ def test_elsewhere_a_copy_is_measured() -> None:
 def test_a_wrapped_model() -> None:
     wrapper: Any = torch.nn.DataParallel(pair())
     assert snkernels.profile(wrapper, [1], rounds=1, seconds=0).seconds(0, 1) > 0
-    with pytest.raises(TypeError, match=r"model must not be wrapped .* model\.compile_blocks\(\)"):
+    with pytest.raises(TypeError, match=r"model must not be compiled .* model\.compile_blocks\(\)"):
         snkernels.profile(torch.compile(pair()), [1])
 
 

@@ -187,5 +187,5 @@ def test_only_a_stitched_model() -> None:
 
 def test_a_wrapped_model(model: StitchedViT) -> None:
     assert warmup(torch.nn.DataParallel(model), np.int64(2), progress=False).passes > 0
-    with pytest.raises(TypeError, match=r"model must not be wrapped .* model\.compile_blocks\(\)"):
+    with pytest.raises(TypeError, match=r"model must not be compiled .* model\.compile_blocks\(\)"):
         warmup(torch.compile(model), 2)
