@@ -186,18 +186,16 @@ class _Samples:
             anchor, blocks = segment.anchor, model.anchors[segment.anchor].blocks
             last = segment.stop - 1
             outs = []
-            for part, part_normed in slices(model.anchors[anchor], h, normed):
+            for stream in map(list, slices(model.anchors[anchor], h, normed)):
                 for i in range(segment.start, segment.stop):
                     if i == last and stitch is None:
-                        finish(model.anchors[anchor], part, i, part_normed)
+                        finish(model.anchors[anchor], stream[0], i, stream[1])
                         lap("finish", anchor, i)
                     else:
                         norm = entry_norm(blocks[i + 1]) if i < last else None
-                        part, part_normed = run_block(
-                            blocks[i], part, entry_norm(blocks[i]), part_normed, norm
-                        )
+                        run_block(blocks[i], stream, entry_norm(blocks[i]), norm)
                         lap("block" if i < last else "exit", anchor, i)
-                outs.append(part)
+                outs.append(stream[0])
             if stitch is not None:
                 h = outs[0] if len(outs) == 1 else torch.cat(outs)
                 layer = model.stitch_layers[anchor][stitch.index]

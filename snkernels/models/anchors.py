@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from snkernels.models.blocks import Block, entry_norm, is_plain_norm, run_block
+from snkernels.models.blocks import Block, Stream, entry_norm, is_plain_norm, run_block
 from snkernels.routing.cost import ViTShape
 
 # An nn.Module that `check_anchor` accepts; which parts that means no type of torch can say.
@@ -189,7 +189,8 @@ def run_blocks(
     Returns:
         The residual stream after block ``stop - 1``, (B, N, embed_dim).
     """
-    tokens, _ = _chain(list(vit.blocks)[start:stop], tokens, normed)
+    tokens, _ = _chain(list(vit.blocks)[start:stop], [tokens, normed])
+    assert tokens is not None
     return tokens
 
 
@@ -209,25 +210,22 @@ def finish(vit: Anchor, tokens: Tensor, start: int, normed: Tensor | None = None
     """
     norm = vit.norm if is_plain_norm(vit.norm) else None
     blocks = list(vit.blocks)[start:]
-    tokens, normed = _chain(blocks, tokens, normed, norm, vit.global_pool == "token")
-    return vit.forward_head(vit.norm(tokens) if normed is None else normed)
+    h, normed = _chain(blocks, [tokens, normed], norm, vit.global_pool == "token")
+    return vit.forward_head(vit.norm(h) if normed is None else normed)
 
 
 def _chain(
     blocks: list[Block],
-    tokens: Tensor,
-    normed: Tensor | None,
+    stream: Stream,
     following: nn.LayerNorm | None = None,
     class_token_only: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Stream:
     """Run blocks one after another; the last two arguments are those of the last ``run_block``."""
     norms = [*map(entry_norm, blocks), following]
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
-        tokens, normed = run_block(
-            block, tokens, norms[i], normed, norms[i + 1], class_token_only and i == last
-        )
-    return tokens, normed
+        run_block(block, stream, norms[i], norms[i + 1], class_token_only and i == last)
+    return stream
 
 
 def readout_parameters(vit: Anchor) -> Iterator[nn.Parameter]:

@@ -24,6 +24,11 @@ from snkernels.ops.library import OFFERED
 # A module that `anchors.check_anchor` accepts as a block; no type of torch says which parts.
 Block: TypeAlias = Any
 
+# The residual stream (B, N, width) before a block and the norm of it, or None where it is not known
+# yet. A list, which a block empties and fills anew: kept for a block longer by whoever called it, the
+# tensors would cost memory, and in an allocator that asks the system for large ones, their time.
+Stream: TypeAlias = list[Tensor | None]
+
 # Classes whose forward is known to be what is done here part by part.
 _BLOCKS = {"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"}
 _LAYER_SCALES = {
@@ -63,29 +68,28 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
 
 def run_block(
     block: Block,
-    h: Tensor,
+    stream: Stream,
     norm: nn.LayerNorm | None,
-    normed: Tensor | None,
     following: nn.LayerNorm | None,
     class_token_only: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> None:
     """Run one block on tokens (B, N, width).
 
     Args:
         block: The block.
-        h: The residual stream before it.
+        stream: The residual stream before it; afterwards that after it, and ``following`` of that;
+            None where that is None, or where the block has to be called as a module.
         norm: ``entry_norm(block)``.
-        normed: ``norm(h)``, or None where it is not known yet.
         following: The norm that comes after the block, or None where none does.
         class_token_only: Whether only the first token is read afterwards.  What the others would
-            have become is then left out where the block allows it, and N in the outputs is 1.
-
-    Returns:
-        The residual stream after the block, and ``following`` of it; None where that is None, or
-        where the block has to be called as a module.
+            have become is then left out where the block allows it, and N becomes 1.
     """
+    h, normed = stream
+    assert h is not None
+    stream.clear()
     if norm is None:
-        return block(h), None
+        stream += block(h), None
+        return
     if normed is None:
         normed = norm(h)
     attention, mlp = block.attn, block.mlp
@@ -93,10 +97,9 @@ def run_block(
         # Called as what it was before it was compiled, which for one token it would be anew.
         mlp = mlp._call_impl
         attention, h = partial(_attend_from_class_token, attention), h[:, :1]
-    branch, scale = _branch(attention, normed, block.drop_path1)
-    h, normed = _add(h, branch, block.ls1, scale, block.norm2)
-    branch, scale = _branch(mlp, normed, block.drop_path2)
-    return _add(h, branch, block.ls2, scale, following)
+    # Branches have no name, which would keep them while the next one is computed.
+    h, normed = _add(h, *_branch(attention, normed, block.drop_path1), block.ls1, block.norm2)
+    stream += _add(h, *_branch(mlp, normed, block.drop_path2), block.ls2, following)
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -155,8 +158,8 @@ def _branch(
 def _add(
     h: Tensor,
     branch: Tensor,
-    layer_scale: nn.Module,
     scale: Tensor | None,
+    layer_scale: nn.Module,
     norm: nn.LayerNorm | None,
 ) -> tuple[Tensor, Any]:
     """Add a branch to the residual stream and normalise the sum, where a norm follows.
