@@ -24,9 +24,9 @@ from snkernels.ops.library import OFFERED
 # A module that `anchors.check_anchor` accepts as a block; no type of torch says which parts.
 Block: TypeAlias = Any
 
-# The residual stream (B, N, width) before a block and the norm of it, or None where it is not known
-# yet. A list, which a block empties and fills anew: kept for a block longer by whoever called it, the
-# tensors would cost memory, and in an allocator that asks the system for large ones, their time.
+# The residual stream (B, N, width) before a block, and the norm of it or None where it is not known
+# yet. A list, which a block empties and fills anew: kept for a block longer by whoever called it,
+# the tensors would cost memory, and where an allocator asks the system for large ones, time.
 Stream: TypeAlias = list[Tensor | None]
 
 # Classes whose forward is known to be what is done here part by part.
