@@ -186,7 +186,7 @@ class _Samples:
             anchor, blocks = segment.anchor, model.anchors[segment.anchor].blocks
             last = segment.stop - 1
             outs = []
-            for stream in map(list, slices(model.anchors[anchor], h, normed)):
+            for stream in map(list[Any], slices(model.anchors[anchor], h, normed)):
                 for i in range(segment.start, segment.stop):
                     if i == last and stitch is None:
                         finish(model.anchors[anchor], stream[0], i, stream[1])

@@ -190,7 +190,6 @@ def run_blocks(
         The residual stream after block ``stop - 1``, (B, N, embed_dim).
     """
     tokens, _ = _chain(list(vit.blocks)[start:stop], [tokens, normed])
-    assert tokens is not None
     return tokens
 
 

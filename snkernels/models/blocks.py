@@ -27,7 +27,7 @@ Block: TypeAlias = Any
 # The residual stream (B, N, width) before a block, and the norm of it or None where it is not known
 # yet. A list, which a block empties and fills anew: kept for a block longer by whoever called it,
 # the tensors would cost memory, and where an allocator asks the system for large ones, time.
-Stream: TypeAlias = list[Tensor | None]
+Stream: TypeAlias = list[Any]
 
 # Classes whose forward is known to be what is done here part by part.
 _BLOCKS = {"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"}
@@ -85,7 +85,6 @@ def run_block(
             have become is then left out where the block allows it, and N becomes 1.
     """
     h, normed = stream
-    assert h is not None
     stream.clear()
     if norm is None:
         stream += block(h), None
