@@ -18,8 +18,9 @@ from snkernels.integers import integer, integers
 from snkernels.models.anchors import embed, finish, image_shape
 from snkernels.models.blocks import entry_norm, run_block
 from snkernels.models.executor import slices
+from snkernels.models.modes import eval_mode
 from snkernels.models.setting import setting_of, shapes_of
-from snkernels.models.stitched import StitchedViT, eval_mode
+from snkernels.models.stitched import StitchedViT
 from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
 from snkernels.routing.latency import PARTS, Check, Parts, Profile
