@@ -3,7 +3,7 @@
     python -m benchmarks.model --out benchmarks/results/cpu-NAME-model.json
 
 Anchors have the shapes of DeiT III and random weights, images are 224 × 224, all in fp32 on the
-CPU. Run it on a machine that does nothing else: on 2 cores it takes about 25 minutes, with
+CPU. Run it on a machine that does nothing else: on 2 cores it takes about 40 minutes, with
 ``--quick`` 3. Nothing is recorded of results that differ from each route alone. For a GPU there is
 ``python -m benchmarks.model_gpu``.
 
@@ -424,11 +424,11 @@ def jobs(quick: bool, large: bool) -> Iterator[Job]:
         return
     for pair, batch, rounds in (("SL", 1, 5), ("SB", 1, 5), ("SB", 8, 2)):
         yield lambda p=pair, b=batch, r=rounds: whole_space(p, b, r)
-    yield lambda: mixed_batch("SL", 3)
-    yield lambda: mixed_batch("SB", 7)
-    for pair in ("SL", "SB"):
-        for batch, rounds in ((1, 41), (8, 21)):
-            yield lambda p=pair, b=batch, r=rounds: one_route(p, 7, b, r)
+    yield lambda: mixed_batch("SL", 9)
+    yield lambda: mixed_batch("SB", 15)
+    # Many rounds: a difference of 1 % is looked for, and rounds differ by 3.
+    for pair, batch, rounds in (("SL", 1, 61), ("SL", 8, 41), ("SB", 1, 101), ("SB", 8, 81)):
+        yield lambda p=pair, b=batch, r=rounds: one_route(p, 7, b, r)
     yield lambda: stochastic_depth("SL", 4, 5)
     for max_rows in (16, 64, 256):
         yield lambda m=max_rows: memory("SB", 2, m)
