@@ -1,10 +1,11 @@
-// Tensors as Python sees them: facts are read by attribute, so no torch header is needed.
+// Tensors as C code sees them without a header of torch: by DLPack, or by attribute as Python does.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <string>
 
+#include "dlpack.h"
 #include "view.h"
 
 namespace snk {
@@ -15,51 +16,82 @@ inline PyObject* forever(PyObject* object) {
   return object;
 }
 
+inline PyObject* of_torch(const char* name) {
+  static PyObject* const torch = forever(PyImport_ImportModule("torch"));
+  return forever(PyObject_GetAttrString(torch, name));
+}
+
 constexpr int64_t ANY = -1;  // rows or columns
+
+inline bool fits(const View& view, int64_t rows, int64_t cols) {
+  return (rows == ANY || rows == view.rows) && (cols == ANY || cols == view.cols);
+}
+
+// Fills `view` by one call into torch; false where torch has no such call, or where anything is not
+// just so.
+inline bool look_at(pybind11::handle tensor, bool on_cpu, View& view) {
+  static PyObject* const plain = of_torch("Tensor");
+  static PyObject* const nn = of_torch("nn");
+  static PyObject* const parameter = forever(PyObject_GetAttrString(nn, "Parameter"));
+  static const dlpack::Look look = dlpack::look_of(plain);
+  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+  if (look == nullptr || (type != plain && type != parameter)) return false;
+  dlpack::Tensor t;
+  if (look(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool here = on_cpu ? t.device == dlpack::cpu || t.device == dlpack::cpu_pinned
+                           : t.device == dlpack::cuda;
+  if (!here || (t.dims != 1 && t.dims != 2) || t.lanes != 1) return false;
+  if (t.code == dlpack::floating && t.bits == 32)
+    view.dtype = DType::f32;
+  else if (t.code == dlpack::floating && t.bits == 16)
+    view.dtype = DType::f16;
+  else if (t.code == dlpack::bfloat && t.bits == 16)
+    view.dtype = DType::bf16;
+  else
+    return false;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.rows = t.dims == 2 ? t.shape[0] : 1;
+  view.cols = t.shape[t.dims - 1];
+  view.row_stride = t.strides[0];
+  view.col_stride = t.strides[t.dims - 1];
+  return true;
+}
 
 // What a kernel is told of a tensor: a matrix, or a vector as a matrix of one row; nothing of None.
 // Throws unless it is what a kernel can read. Every tensor of every call comes through here, so it
-// is written for speed: in Python it takes three times as long, and longer than a small kernel.
+// is written for speed; what is not plainly right is looked at by attribute, for words to say so.
 inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int64_t cols,
                     bool on_cpu = true) {
   using pybind11::reinterpret_steal, pybind11::object, pybind11::error_already_set;
-  static const auto interned = [](const char* text) {
-    return forever(PyUnicode_InternFromString(text));
-  };
-  static PyObject* const dtype_name = interned("dtype");
-  static PyObject* const shape_name = interned("shape");
-  static PyObject* const stride_name = interned("stride");
-  static PyObject* const data_ptr_name = interned("data_ptr");
-  static PyObject* const device_name = interned("device");
-  static PyObject* const is_cpu_name = interned("is_cpu");
-  static PyObject* const is_cuda_name = interned("is_cuda");
-  static PyObject* const torch = forever(PyImport_ImportModule("torch"));
-  static PyObject* const dtypes[] = {forever(PyObject_GetAttrString(torch, "float32")),
-                                     forever(PyObject_GetAttrString(torch, "float16")),
-                                     forever(PyObject_GetAttrString(torch, "bfloat16"))};
   if (tensor.is_none()) return {};
+  if (View view; look_at(tensor, on_cpu, view) && fits(view, rows, cols)) return view;
+
+  static PyObject* const dtypes[] = {of_torch("float32"), of_torch("float16"), of_torch("bfloat16")};
   const auto known = [](PyObject* result) {
     if (result == nullptr) throw error_already_set();
     return reinterpret_steal<object>(result);
   };
-  const auto get = [&](PyObject* attribute) {
-    return known(PyObject_GetAttr(tensor.ptr(), attribute));
+  const auto get = [&](const char* attribute) {
+    return known(PyObject_GetAttrString(tensor.ptr(), attribute));
   };
-  const auto call = [&](PyObject* method) {
-    return known(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  const auto call = [&](const char* method) {
+    return known(PyObject_CallMethod(tensor.ptr(), method, nullptr));
   };
 
-  const auto dtype = get(dtype_name);
+  const auto dtype = get("dtype");
   int code = 0;
   while (code < 3 && dtypes[code] != dtype.ptr()) ++code;
-  if (code == 3 || get(on_cpu ? is_cpu_name : is_cuda_name).ptr() != Py_True) {
+  if (code == 3 || get(on_cpu ? "is_cpu" : "is_cuda").ptr() != Py_True) {
     PyErr_Format(PyExc_TypeError,
                  "%s must be float32, float16 or bfloat16 on %s, but it is %S on %S", name,
-                 on_cpu ? "cpu" : "cuda", dtype.ptr(), get(device_name).ptr());
+                 on_cpu ? "cpu" : "cuda", dtype.ptr(), get("device").ptr());
     throw error_already_set();
   }
 
-  const auto shape = get(shape_name), stride = call(stride_name), pointer = call(data_ptr_name);
+  const auto shape = get("shape"), stride = call("stride"), pointer = call("data_ptr");
   const auto at = [](const object& tuple, Py_ssize_t i) {
     return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
   };
@@ -67,7 +99,7 @@ inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int
   if (dims == 1 || dims == 2) {
     const View view{PyLong_AsVoidPtr(pointer.ptr()), DType(code), dims == 2 ? at(shape, 0) : 1,
                     at(shape, dims - 1), at(stride, 0), at(stride, dims - 1)};
-    if ((rows == ANY || rows == view.rows) && (cols == ANY || cols == view.cols)) return view;
+    if (fits(view, rows, cols)) return view;
   }
   const auto wanted = [](int64_t size) { return size == ANY ? "any" : std::to_string(size); };
   const auto plain = known(PySequence_Tuple(shape.ptr()));  // not "torch.Size([…])"
