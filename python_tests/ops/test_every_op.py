@@ -242,6 +242,16 @@ def test_a_second_derivative_is_refused(op: Op, backend: str) -> None:
         grad.sum().backward()
 
 
+def test_nor_is_one_of_a_constant_gradient_dropped(op: Op) -> None:
+    """Of a sum the incoming gradient is ones, yet what it becomes depends on the parameters."""
+    tensors = make(op, MIDDLE, torch.float32)
+    tensors[op.tokens].requires_grad_()
+    loss = op.call(tensors, 0.25)[0].sum()
+    (grad,) = torch.autograd.grad(loss, [tensors[op.tokens]], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"^{op.library} is differentiable once"):
+        (loss + grad.square().sum()).backward()
+
+
 def test_transforms_are_refused(op: Op) -> None:
     """Those that an op without a gradient would run through, and get zeros of, too."""
     tensors = make(op, Shape(6, 5, 4, 2), torch.float32)
@@ -314,16 +324,19 @@ def test_bad_stitches(stitch_op: Op, change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "1"])
-def test_scaling_that_is_no_number(op: Op, scaling: float) -> None:
-    if op.tokens == "x":
-        with pytest.raises(ValueError, match=f"scaling must be a finite number.*{scaling}"):
-            op.call(make(op, MIDDLE, torch.float32), scaling)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.tokens == "x"])
+def test_scaling_that_is_no_number(name: str, scaling: float) -> None:
+    tensors = make(OPS[name], MIDDLE, torch.float32)
+    with pytest.raises(ValueError, match=f"scaling must be a finite number.*{scaling}"):
+        OPS[name].call(tensors, scaling)
 
 
 @pytest.mark.parametrize("eps", [float("nan"), -1e-6])
-def test_eps_that_is_no_number_for_it(monkeypatch: pytest.MonkeyPatch, op: Op, eps: float) -> None:
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith("layer_norm")])
+def test_eps_that_is_no_number_for_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, eps: float
+) -> None:
     monkeypatch.setattr("cases.EPS", eps)
-    tensors = make(op, MIDDLE, torch.float32)
-    if "norm_weight" in tensors:
-        with pytest.raises(ValueError, match=rf"eps must be a finite number of at least 0.*{eps}"):
-            op.call(tensors, 0.25)
+    tensors = make(OPS[name], MIDDLE, torch.float32)
+    with pytest.raises(ValueError, match=rf"eps must be a finite number of at least 0.*{eps}"):
+        OPS[name].call(tensors, 0.25)

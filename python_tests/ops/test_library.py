@@ -25,9 +25,9 @@ def arguments(dtype: torch.dtype, shape: Shape = SHAPE) -> dict[str, tuple]:
     y, _, mean, rstd = torch.ops.snkernels.stitch_layer_norm(*operands, 0.5, *norm, 1e-6)
     offsets, tensors = torch.tensor([0, 7, shape.M]), [*operands[1:], *norm] * 2
     return {
-        "multi_stitch": (t["x"], offsets, tensors, [0.5, 0.5], shape.N, True, 1e-6),
+        "multi_stitch": (t["x"], offsets, None, tensors, [0.5, 0.5], shape.N, True, 1e-6),
         "multi_stitch_backward": (
-            *(None, grad, t["x"], offsets, tensors, [0.5, 0.5], y, mean, rstd),
+            *(None, grad, t["x"], offsets, None, tensors, [0.5, 0.5], y, mean, rstd),
             [True] * 13,
         ),
         "residual_layer_norm": (y, grad, bias, None, *norm, 1e-6, dtype),
@@ -57,6 +57,22 @@ def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
         backend = "torch"
     with backends.use_backend(backend):
         torch.library.opcheck(getattr(torch.ops.snkernels, name).default, arguments(dtype)[name])
+
+
+@pytest.mark.parametrize("name", list(OFFERED))
+@pytest.mark.parametrize("backend", ["torch", DEVICE])
+def test_opcheck_of_columns_one_after_another(name: str, backend: str) -> None:
+    """Outputs are laid out as the fake says, whatever the inputs are, or compiled code fails."""
+
+    def transposed(argument: object) -> object:
+        if isinstance(argument, list):
+            return [transposed(each) for each in argument]
+        two = isinstance(argument, torch.Tensor) and argument.dim() == 2
+        return argument.t().contiguous().t() if two else argument
+
+    args = tuple(map(transposed, arguments(torch.float32)[name]))
+    with backends.use_backend(backend):
+        torch.library.opcheck(getattr(torch.ops.snkernels, name).default, args)
 
 
 @about_the_cpu

@@ -197,6 +197,23 @@ def test_offsets_as_integers_and_as_a_tensor(normalize: bool, backend: str) -> N
         assert torch.equal(a, b)
 
 
+def test_what_no_norm_needs_may_be_written_over(backend: str) -> None:
+    """Without a LayerNorm the backward needs no y, so y is not kept, and may change in place."""
+    sizes = SIZES["unequal"]
+    leaves = {n: t.requires_grad_() for n, t in make_groups(sizes, False, torch.float32).items()}
+    grouped, eager = functions(sizes, False)
+    (expected,) = eager(leaves, SCALING)
+    (y,) = grouped(leaves, SCALING)
+    y *= 2
+    names = ["x", "1.lora_B"]
+    for actual, other in zip(
+        torch.autograd.grad(y.sum(), [leaves[n] for n in names]),
+        torch.autograd.grad(2 * expected.sum(), [leaves[n] for n in names]),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-4)
+
+
 X, W = torch.randn(5, 3), torch.randn(4, 3)
 OFFSETS = torch.tensor([0, 2, 5])
 GROUPS = [StitchGroup(W), StitchGroup(W)]

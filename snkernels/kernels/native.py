@@ -41,10 +41,11 @@ def norm_outputs(
     features: int,
     dtype: torch.dtype | None = None,
     normed_dtype: torch.dtype | None = None,
+    normalize: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for y and LN(y), in the dtype of x or others, and for the statistics of each row of x.
 
-    The statistics are fp32, and fp64 for fp64.
+    The statistics are fp32, and fp64 for fp64. Without a LayerNorm all but y have no elements.
     """
     rows = x.shape[0]
 
@@ -55,6 +56,8 @@ def norm_outputs(
     own = x.dtype
     dtype = dtype or own
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    if not normalize:
+        return room(dtype, rows, features), room(dtype, 0), room(dtype, 0), room(dtype, 0)
     return (
         room(dtype, rows, features),
         room(normed_dtype or dtype, rows, features),
@@ -134,7 +137,7 @@ def stitch_layer_norm_backward(
 
 def multi_stitch_forward(
     x: Tensor,
-    group_offsets: Tensor,
+    offsets: list[int],
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     out_features: int,
@@ -142,7 +145,6 @@ def multi_stitch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stitches of all groups in one call; see :mod:`snkernels.ops.multi_stitch`."""
-    offsets = group_offsets.tolist()
     groups = [
         (offsets[i], offsets[i + 1], scaling, *tensors[i * _TENSORS : (i + 1) * _TENSORS])
         for i, scaling in enumerate(scalings)
@@ -154,7 +156,7 @@ def multi_stitch_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor | None,
     x: Tensor,
-    group_offsets: Tensor | list[int],
+    offsets: list[int],
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     y: Tensor | None,
@@ -163,7 +165,6 @@ def multi_stitch_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients of x and of all groups' tensors that ``needs`` marks, in order."""
-    offsets = group_offsets if isinstance(group_offsets, list) else group_offsets.tolist()
     grad = grad_y if grad_normed is None else grad_normed
     assert grad is not None
     grad_x, *grads = _grads_like((x, *tensors), needs)
@@ -220,14 +221,10 @@ def _stitch_forward(
 
     A group: its first row and the one after its last, scaling, and its tensors.
     """
-    threads = torch.get_num_threads()
-    if normalize:
-        outputs = norm_outputs(x, features)
-        _C.stitch_forward(x, groups, features, eps, *outputs, threads)
-        return outputs
-    y = x.new_empty(x.shape[0], features)
-    _C.stitch_forward(x, groups, features, eps, y, None, None, None, threads)
-    return y, y.new_empty(0), y.new_empty(0), y.new_empty(0)
+    outputs = norm_outputs(x, features, normalize=normalize)
+    wanted = outputs if normalize else (outputs[0], None, None, None)
+    _C.stitch_forward(x, groups, features, eps, *wanted, torch.get_num_threads())
+    return outputs
 
 
 def residual_layer_norm_forward(
@@ -320,6 +317,8 @@ def cluster_kernel_obstacle(
 ) -> str | None:
     """Why the Hopper kernel does not take these operands, W and A of each group; None if it does.
 
+    There must be a group.
+
     :func:`cuda_stitch_layer_norm` is a call with one group.
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -369,7 +368,7 @@ def cuda_stitch_layer_norm(
 
 def cuda_multi_stitch_layer_norm(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     eps: float,
@@ -377,7 +376,7 @@ def cuda_multi_stitch_layer_norm(
     """The same kernel over groups of rows, 32 of them in a launch; ``tensors`` holds six of each.
 
     Offsets in device memory are read by the kernel alone, so nobody waits for them, and a captured
-    graph goes by those that it finds when it is replayed; those in CPU memory go into the launch.
+    graph goes by those that it finds when it is replayed; those of a list go into the launch.
     Rows that belong to no group are not written.
 
     Never run on a GPU yet: compiled, and its source run on a stand-in machine in the tests.
@@ -385,6 +384,8 @@ def cuda_multi_stitch_layer_norm(
     Raises:
         ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
     """
+    if isinstance(group_offsets, list):
+        group_offsets = torch.tensor(group_offsets, device="cpu")
     return _cluster_kernel(x, group_offsets.contiguous(), tensors, scalings, eps)
 
 

@@ -19,8 +19,6 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[...,
                 found = backward(ctx, *grads)
             if not torch.is_grad_enabled():
                 return found
-            if not any(grad is not None and grad.requires_grad for grad in grads):
-                return found
             # A node that raises when a second derivative goes through it.
             refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
             return refuse(*(g if g is None else g.detach().requires_grad_() for g in found))

@@ -51,31 +51,28 @@ TENSORS: Final = 6  # of a group; the scaling comes after them
 
 def _fake(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | None,
+    known_offsets: Sequence[int] | None,
     tensors: Optionals,
     scalings: Sequence[float],
     out_features: int,
     normalize: bool,
     eps: float,
 ) -> Outputs:
-    y, normed, mean, rstd = native.norm_outputs(x, out_features)
-    return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
-
-
-def _nothing(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return y.new_empty(0), y.new_empty(0), y.new_empty(0)
+    return native.norm_outputs(x, out_features, normalize=normalize)
 
 
 def _fake_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor | None,
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | None,
+    known_offsets: Sequence[int] | None,
     tensors: Optionals,
     scalings: Sequence[float],
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     return empty_grads((x, *tensors), needs)
@@ -89,27 +86,29 @@ def _check_rising(offsets: Sequence[int], rows: int) -> None:
         )
 
 
-def _checked(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
-    """For every backend: compiled code comes with offsets that nobody looked at.
+def _located(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
+    """Hands a backend one argument for both kinds of offsets: a list where the host knows them.
 
-    x is argument number ``x_at``, and the offsets come after it.
+    A list was checked before the op was called. A tensor in CPU memory is compiled code's, and
+    nobody has looked at it. x is argument number ``x_at``, and the offsets come after it.
     """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        x, group_offsets = arguments[x_at : x_at + 2]
-        if group_offsets.is_cpu:
-            _check_rising(group_offsets.tolist(), x.shape[0])
-        return function(*arguments)
+        *before, x, offsets, known = arguments[: x_at + 3]
+        if known is None and offsets.is_cpu:
+            known = offsets.tolist()
+            _check_rising(known, x.shape[0])
+        return function(*before, x, offsets if known is None else known, *arguments[x_at + 3 :])
 
     return run
 
 
 def _groups(
-    group_offsets: Tensor, tensors: Optionals, scalings: Sequence[float]
+    group_offsets: Tensor | list[int], tensors: Optionals, scalings: Sequence[float]
 ) -> Iterator[tuple[int, slice, StitchGroup]]:
     """Number, rows and parameters of every group that has rows. Waits for a GPU's offsets."""
-    offsets = group_offsets.tolist()
+    offsets = group_offsets if isinstance(group_offsets, list) else group_offsets.tolist()
     for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
         if start < stop:
             own = (*tensors[i * TENSORS : (i + 1) * TENSORS], scalings[i])
@@ -119,7 +118,7 @@ def _groups(
 @without_autocast
 def _torch(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Optionals,
     scalings: Sequence[float],
     out_features: int,
@@ -127,7 +126,7 @@ def _torch(
     eps: float,
 ) -> Outputs:
     """One group after another, by the reference."""
-    y, normed, mean, rstd = native.norm_outputs(x, out_features)
+    y, normed, mean, rstd = native.norm_outputs(x, out_features, normalize=normalize)
     for _, rows, group in _groups(group_offsets, tensors, scalings):
         if group.weight is None:
             y[rows] = x[rows]
@@ -136,7 +135,7 @@ def _torch(
         if normalize:
             norm = group.norm_weight, group.norm_bias
             normed[rows], mean[rows], rstd[rows] = reference.layer_norm(y[rows], *norm, eps)
-    return (y, normed, mean, rstd) if normalize else (y, *_nothing(y))
+    return y, normed, mean, rstd
 
 
 @without_autocast
@@ -144,21 +143,22 @@ def _torch_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor | None,
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Optionals,
     scalings: Sequence[float],
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    grad_x = torch.zeros_like(x) if needs[0] else None
+    grad_x = x.new_zeros(x.shape) if needs[0] else None
     grads: list[Tensor | None] = [grad_x, *[None] * len(tensors)]
     for i, rows, group in _groups(group_offsets, tensors, scalings):
         stitch = slice(1 + i * TENSORS, 5 + i * TENSORS)
         norm = slice(5 + i * TENSORS, 7 + i * TENSORS)
         grad = None if grad_y is None else grad_y[rows]
         if grad_normed is not None:
+            assert y is not None and mean is not None and rstd is not None
             through_norm, *grads[norm] = reference.layer_norm_backward(
                 grad_normed[rows], y[rows], mean[rows], rstd[rows], group.norm_weight
             )
@@ -172,7 +172,7 @@ def _torch_backward(
             grad_x[rows] = grad
     # A gradient is owed for all that is needed, also of a group that had no rows.
     return [
-        torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype)
+        tensor.new_zeros(tensor.shape) if grad is None else grad.to(tensor.dtype)
         for tensor, grad, need in zip((x, *tensors), grads, needs, strict=True)
         if need and tensor is not None
     ]
@@ -188,7 +188,7 @@ def _of_stitch(
 @without_autocast
 def _cuda(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Optionals,
     scalings: Sequence[float],
     out_features: int,
@@ -196,33 +196,35 @@ def _cuda(
     eps: float,
 ) -> Outputs:
     weights, lora_As = tensors[::TENSORS], tensors[2::TENSORS]
-    if normalize and native.cluster_kernel_obstacle(x, weights, lora_As) is None:
+    if normalize and tensors and native.cluster_kernel_obstacle(x, weights, lora_As) is None:
         return native.cuda_multi_stitch_layer_norm(x, group_offsets, tensors, scalings, eps)
     return _torch(x, group_offsets, tensors, scalings, out_features, normalize, eps)
 
 
 _forward_op = register(
-    "multi_stitch(Tensor x, Tensor group_offsets, Tensor?[] tensors, float[] scalings,"
-    " int out_features, bool normalize, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    # One of the offsets is given: a tensor, or where the host knows them, integers.
+    "multi_stitch(Tensor x, Tensor? group_offsets, int[]? known_offsets, Tensor?[] tensors,"
+    " float[] scalings, int out_features, bool normalize, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     implementations={
-        "torch": _checked(_torch),
-        "cpu": _checked(native.multi_stitch_forward),
-        "triton": _checked(triton_kernel("multi_stitch", "multi_stitch_forward")),
-        "cuda": _checked(_cuda),
+        "torch": _located(_torch),
+        "cpu": _located(native.multi_stitch_forward),
+        "triton": _located(triton_kernel("multi_stitch", "multi_stitch_forward")),
+        "cuda": _located(_cuda),
     },
 )
 _backward_op = register(
-    "multi_stitch_backward(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor group_offsets,"
-    " Tensor?[] tensors, float[] scalings, Tensor y, Tensor mean, Tensor rstd, bool[] needs)"
-    " -> Tensor[]",
+    "multi_stitch_backward(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor? group_offsets,"
+    " int[]? known_offsets, Tensor?[] tensors, float[] scalings, Tensor? y, Tensor? mean,"
+    " Tensor? rstd, bool[] needs) -> Tensor[]",
     fake=_fake_backward,
     implementations={
-        "torch": _checked(_torch_backward, 2),
-        "cpu": _checked(native.multi_stitch_backward, 2),
-        "triton": _checked(triton_kernel("multi_stitch_backward", "multi_stitch_backward"), 2),
+        "torch": _located(_torch_backward, 2),
+        "cpu": _located(native.multi_stitch_backward, 2),
+        "triton": _located(triton_kernel("multi_stitch_backward", "multi_stitch_backward"), 2),
         # Only the forward is compiled so far; its residuals are those of the torch backend.
-        "cuda": _checked(_torch_backward, 2),
+        "cuda": _located(_torch_backward, 2),
     },
 )
 
@@ -232,7 +234,8 @@ class _MultiStitch(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        group_offsets: Tensor,
+        group_offsets: Tensor | None,
+        known_offsets: Sequence[int] | None,
         scalings: Sequence[float],
         out_features: int,
         normalize: bool,
@@ -240,10 +243,11 @@ class _MultiStitch(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y, normed, mean, rstd = _forward_op(
-            x, group_offsets, tensors, scalings, out_features, normalize, eps
+            x, group_offsets, known_offsets, tensors, scalings, out_features, normalize, eps
         )
-        ctx.save_for_backward(x, group_offsets, y, mean, rstd, *tensors)
-        ctx.scalings, ctx.normalize = scalings, normalize
+        of_norm = (y, mean, rstd) if normalize else (None, None, None)
+        ctx.save_for_backward(x, group_offsets, *of_norm, *tensors)
+        ctx.known_offsets, ctx.scalings, ctx.normalize = known_offsets, scalings, normalize
         ctx.set_materialize_grads(False)
         if not normalize:
             ctx.mark_non_differentiable(normed)
@@ -257,14 +261,15 @@ class _MultiStitch(torch.autograd.Function):
             grad_normed = None  # compiled code hands in zeros, of the empty output
         if grad_y is None and grad_normed is None:
             return (None,) * len(ctx.needs_input_grad)
-        need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
         needs = [need_x, *(need and used[i % TENSORS] for i, need in enumerate(need_tensors))]
+        offsets = group_offsets, ctx.known_offsets
         grads = _backward_op(
-            grad_y, grad_normed, x, group_offsets, tensors, ctx.scalings, y, mean, rstd, needs
+            grad_y, grad_normed, x, *offsets, tensors, ctx.scalings, y, mean, rstd, needs
         )
         grad_x, *grad_tensors = spread(grads, needs)
-        return grad_x, None, None, None, None, None, *grad_tensors
+        return grad_x, *[None] * 6, *grad_tensors
 
 
 def _multi_stitch(
@@ -296,13 +301,14 @@ def _multi_stitch(
         except (TypeError, ValueError) as error:
             raise type(error)(f"groups[{i}]: {error}") from None
     check_number("eps", eps, 0.0)
-    offsets, groups = _where_rows_are(group_offsets, x, groups)
+    offsets, known, groups = _where_rows_are(group_offsets, x, groups)
     tensors: list[Tensor | None] = []
     for group in groups:
         tensors += _without_rank_zero(group)[:TENSORS]
     arguments = (
         autocast(x),
         offsets,
+        known,
         tuple(float(group.scaling) for group in groups),
         out_features,
         normalize,
@@ -310,8 +316,7 @@ def _multi_stitch(
     )
     if needs_grad(x, *tensors):
         return _MultiStitch.apply(*arguments, *tensors)
-    x, offsets, *rest = arguments
-    return _forward_op(x, offsets, tensors, *rest)[:2]
+    return _forward_op(*arguments[:3], tensors, *arguments[3:])[:2]
 
 
 def _without_rank_zero(group: StitchGroup) -> StitchGroup:
@@ -322,8 +327,11 @@ def _without_rank_zero(group: StitchGroup) -> StitchGroup:
 
 def _where_rows_are(
     group_offsets: Tensor | Sequence[int], x: Tensor, groups: Sequence[StitchGroup]
-) -> tuple[Tensor, Sequence[StitchGroup]]:
-    """The offsets as a tensor, and the groups; only those with rows, where the host can tell."""
+) -> tuple[Tensor | None, list[int] | None, Sequence[StitchGroup]]:
+    """The offsets, as a tensor or as integers, and the groups.
+
+    Where the host can tell, only of groups with rows. Compiled code has them as a tensor.
+    """
     size = len(groups) + 1
     if isinstance(group_offsets, Tensor):
         if group_offsets.dtype != torch.int64:
@@ -344,18 +352,18 @@ def _where_rows_are(
         raise ValueError(
             f"group_offsets must have shape ({size},) for {size - 1} groups, but they have {shape}"
         )
+    compiling = torch.compiler.is_compiling()
     if not isinstance(group_offsets, Tensor):
-        offsets = list(group_offsets)
-    elif group_offsets.is_cpu and not torch.compiler.is_compiling():
-        offsets = group_offsets.tolist()
+        known = list(group_offsets) if compiling else [int(offset) for offset in group_offsets]
+    elif group_offsets.is_cpu and not compiling:
+        known = group_offsets.tolist()
     else:
-        return group_offsets, groups  # a GPU's kernels stay within the rows whatever they say
-    _check_rising(offsets, x.shape[0])
-    present = [i for i, (start, stop) in enumerate(itertools.pairwise(offsets)) if start < stop]
-    if len(present) == len(groups) and isinstance(group_offsets, Tensor):
-        return group_offsets, groups
-    offsets = [0, *(offsets[i + 1] for i in present)]
-    return torch.tensor(offsets, device="cpu"), [groups[i] for i in present]
+        return group_offsets, None, groups  # a GPU's kernels stay within the rows whatever they say
+    _check_rising(known, x.shape[0])
+    present = [i for i, (start, stop) in enumerate(itertools.pairwise(known)) if start < stop]
+    known = [0, *(known[i + 1] for i in present)]
+    groups = [groups[i] for i in present]
+    return (torch.tensor(known, device="cpu"), None, groups) if compiling else (None, known, groups)
 
 
 def multi_stitch(

@@ -67,6 +67,7 @@ def _torch(
     eps: float,
     normed_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, branch = x.contiguous(), branch.contiguous()  # or outputs would have their strides
     total = reference.residual(x, branch, layer_scale, drop_path_scale)
     return total, *reference.layer_norm(total, norm_weight, norm_bias, eps, normed_dtype)
 
@@ -86,7 +87,7 @@ def _torch_backward(
     norm_bias: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    grad = torch.zeros_like(total, dtype=mean.dtype)
+    grad = total.new_zeros(total.shape, dtype=mean.dtype)
     norm_grads: list[Tensor | None] = [None, None]
     if grad_normed is not None:
         grad, *norm_grads = reference.layer_norm_backward(
@@ -100,7 +101,7 @@ def _torch_backward(
     tensors = (x, branch, layer_scale, norm_weight, norm_bias)
     grads = (grad, grad_branch, grad_layer_scale, *norm_grads)
     return [
-        g.to(tensor.dtype, copy=True)
+        g.to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
         for tensor, g, need in zip(tensors, grads, needs, strict=True)
         if need and tensor is not None and g is not None
     ]

@@ -89,15 +89,16 @@ class Groups:
     def __init__(
         self,
         x: Tensor,
-        group_offsets: Tensor,
+        group_offsets: Tensor | list[int],
         tensors: Sequence[Tensor | None],
         scalings: Sequence[float],
         features: int,
     ) -> None:
         self.rows, self.count = x.shape[0], len(scalings)
-        self.offsets = group_offsets.contiguous()
-        if group_offsets.device != x.device:
-            self.offsets = on_device(tuple(group_offsets.tolist()), x.device)
+        if isinstance(group_offsets, list):
+            self.offsets = on_device(tuple(group_offsets), x.device)
+        else:
+            self.offsets = group_offsets.contiguous()
         roles = [list(tensors[i::6]) for i in range(6)]
         self.rank = max(0 if a is None else a.shape[0] for a in roles[LORA_A])
         self.has_identity = any(weight is None for weight in roles[WEIGHT])

@@ -233,7 +233,7 @@ def low_rank(groups: Groups, x: Tensor, role: int = LORA_A) -> Tensor | None:
 
 def multi_stitch_forward(
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     out_features: int,

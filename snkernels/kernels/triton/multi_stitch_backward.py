@@ -164,20 +164,22 @@ def multi_stitch_backward(
     grad_y: Tensor | None,
     grad_normed: Tensor | None,
     x: Tensor,
-    group_offsets: Tensor,
+    group_offsets: Tensor | list[int],
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of x and the tensors that ``needs`` marks, in order."""
     inputs = (x, *tensors)
-    if y.numel() == 0:
+    upper = grad_y if grad_normed is None else grad_normed
+    assert upper is not None
+    if upper.numel() == 0:
         pairs = zip(inputs, needs, strict=True)
         return [torch.zeros_like(t) for t, need in pairs if need and t is not None]
-    groups = Groups(x, group_offsets, tensors, scalings, y.shape[1])
+    groups = Groups(x, group_offsets, tensors, scalings, upper.shape[1])
     found: list[Tensor | None] = [None] * 6
 
     def needed(role: int) -> bool:
@@ -185,11 +187,11 @@ def multi_stitch_backward(
         return any(need and tensor is not None for tensor, need in own)
 
     if grad_normed is None:
-        assert grad_y is not None
-        grad = grad_y
+        grad = upper
         if needed(BIAS):
             found[BIAS] = _column_sums(groups, grad, BIAS)
     else:
+        assert y is not None and mean is not None and rstd is not None
         grad, partial, chunk = _layer_norm_backward(groups, grad_y, grad_normed, y, mean, rstd)
         for i, role in enumerate((NORM_WEIGHT, NORM_BIAS, BIAS)):
             if needed(role):
