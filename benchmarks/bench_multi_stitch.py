@@ -67,12 +67,28 @@ def _eager(t: Tensors) -> Outputs:
 
 
 def _merged(t: Tensors) -> Callable[[], Outputs]:
-    def linear(own: Tensors) -> Projection:
-        weight = stitching.merged_weight(own).detach()
+    x, groups = t["x"], _groups(t)
+    weights = [stitching.merged_weight(own).detach() for own in groups]
+    ends = list(itertools.accumulate(_sizes(len(x), len(groups))))
+
+    def linear(weight: Tensor) -> Projection:
         return lambda t: F.linear(t["x"], weight, t["bias"])
 
-    projections = [linear(own) for own in _groups(t)]
-    return lambda: _loop(t, projections)
+    projections = [linear(weight) for weight in weights]
+
+    def run() -> Outputs:
+        if torch.is_grad_enabled():
+            return _loop(t, projections)
+        # Without gradients nothing need be copied together.
+        y = x.new_empty(len(x), len(weights[0]))
+        normed = torch.empty_like(y)
+        for start, stop, own, weight in zip([0, *ends], ends, groups, weights, strict=False):
+            rows = torch.addmm(own["bias"], x[start:stop], weight.t(), out=y[start:stop])
+            norm = (own["norm_weight"], own["norm_bias"], stitching.EPS)
+            normed[start:stop] = F.layer_norm(rows, rows.shape[-1:], *norm)
+        return y, normed
+
+    return run
 
 
 def _one_stitch(t: Tensors) -> Callable[[], Outputs]:

@@ -8,34 +8,57 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.case import Trial
 from benchmarks.stitching import EPS, TOKENS, call
-from benchmarks.subject import Outputs, Phase, Shape, Subject, Tensors, Work
+from benchmarks.subject import Baseline, Outputs, Phase, Shape, Subject, Tensors, Work
 from snkernels.ops import residual_layer_norm
+
+_KEEP = 0.5  # probability: of one sample and not of the next
 
 
 def _shapes(images: int) -> list[Shape]:
-    """Widths of DeiT3 and, without torch.compile, of the smallest and the largest ViT in use."""
+    """Widths of DeiT3 and, without torch.compile, of the smallest and the largest ViT in use.
+
+    ``s``: how many samples have a scale of DropPath, as in the training of the paper; 0 for none.
+    """
     widths = {"S": 384, "B": 768, "L": 1024, "Ti": 192, "H": 1280}
-    shapes = [
-        Shape(name, {"M": images * TOKENS, "N": N}, compiled=name in "SBL")
-        for name, N in widths.items()
+    M = images * TOKENS
+    return [
+        *(Shape(n, {"M": M, "N": N, "s": 0}, compiled=n in "SBL") for n, N in widths.items()),
+        *(Shape(f"{n}, DropPath", {"M": M, "N": widths[n], "s": images}) for n in "SBL"),
+        call(N=64, s=0),
     ]
-    return [*shapes, call(N=64)]
 
 
 def _make(shape: Shape) -> Tensors:
     vectors = ("layer_scale", "norm_weight", "norm_bias")
     rows = {name: torch.randn(shape["M"], shape["N"]) for name in ("h", "branch")}
-    return rows | {name: torch.randn(shape["N"]) for name in vectors}
+    tensors = rows | {name: torch.randn(shape["N"]) for name in vectors}
+    if samples := shape.sizes.get("s"):
+        tensors |= {name: t.unflatten(0, (samples, -1)) for name, t in rows.items()}
+        tensors["drop_path_scale"] = (torch.arange(samples) % 2) / _KEEP
+    return tensors
 
 
 def _eager(t: Tensors) -> Outputs:
-    total = t["h"] + t["layer_scale"] * t["branch"]
+    branch = t["layer_scale"] * t["branch"]
+    if "drop_path_scale" in t:
+        branch = branch * t["drop_path_scale"].view(-1, 1, 1)
+    total = t["h"] + branch
+    return total, F.layer_norm(total, total.shape[-1:], t["norm_weight"], t["norm_bias"], EPS)
+
+
+def _addcmul(t: Tensors) -> Outputs:
+    """One pass less than eager, where dropped paths allow it."""
+    branch = t["branch"]
+    if "drop_path_scale" in t:
+        branch = branch * t["drop_path_scale"].view(-1, 1, 1)
+    total = torch.addcmul(t["h"], branch, t["layer_scale"])
     return total, F.layer_norm(total, total.shape[-1:], t["norm_weight"], t["norm_bias"], EPS)
 
 
 def _ours(t: Tensors) -> Callable[[], Outputs]:
-    norm = (t["norm_weight"], t["norm_bias"], EPS)
-    return lambda: residual_layer_norm(t["h"], t["branch"], t["layer_scale"], None, *norm)
+    scales = t["layer_scale"], t.get("drop_path_scale")
+    norm = t["norm_weight"], t["norm_bias"], EPS
+    return lambda: residual_layer_norm(t["h"], t["branch"], *scales, *norm)
 
 
 def _work(shape: Shape, phase: Phase, itemsize: int) -> Work:
@@ -51,8 +74,9 @@ SUBJECT = Subject(
     eager=_eager,
     ours=_ours,
     layer=_ours,
-    baselines={},
+    baselines={"addcmul": Baseline(lambda t: lambda: _addcmul(t))},
     work=_work,
+    frozen=("drop_path_scale",),
 )
 
 

@@ -129,6 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = None
     elif options.add and out.exists():
         record = Record.load(out)
+        here = (commit, dirty, torch.get_num_threads(), machine.versions())
+        if (record.commit, record.dirty, record.threads, record.versions) != here:
+            sys.exit(f"{out} is of another commit, machine or number of threads: nothing is added")
     else:
         record = Record(
             schema=SCHEMA,
@@ -156,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # the other cases can still be timed
             failures.append(f"{case}: {type(error).__name__}: {error}".splitlines()[0])
             continue
-        record.cases.append(done)
+        record.put(done)
         record.save(out)
         failures += [f"{case}: {e.name}: {e.failed}" for e in done.entries if e.failed]
     if record is not None and record.cases:

@@ -61,6 +61,11 @@ class Record:
     ceilings: Ceilings
     cases: list[CaseResult]
 
+    def put(self, case: CaseResult) -> None:
+        """Adds a case, in place of an earlier one of the same."""
+        self.cases[:] = [other for other in self.cases if _key(other) != _key(case)]
+        self.cases.append(case)
+
     def save(self, path: Path) -> None:
         """Writes JSON."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
@@ -83,6 +88,10 @@ class Record:
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a benchmark record: {error}") from error
+
+
+def _key(case: CaseResult) -> tuple[object, ...]:
+    return case.op, case.shape, case.sizes, case.dtype, case.phase
 
 
 def _case(data: dict[str, Any]) -> CaseResult:

@@ -1,4 +1,4 @@
-"""What the kernels must reach on an H200, beside what a record says that they do.
+"""What the kernels must reach on an H200 or on two CPU cores, beside what a record says they do.
 
     python -m benchmarks.targets gpu-run/record.json
 
@@ -16,11 +16,13 @@ from benchmarks.case import EAGER
 from benchmarks.schema import CaseResult, Record
 
 ROOFLINE = "roofline"
+# Not what another entry takes, but a time: that of a call with next to no arithmetic in it.
+LIMITS = {"30 µs": 30e-6}
 
 
 @dataclass(frozen=True)
 class Target:
-    """``least``: times faster than the entry of that name, or share of the roofline.
+    """``least``: times faster than an entry, or a limit, of that name, or share of the roofline.
 
     ``sizes`` are those that a case must have; ``phase`` may be "backward".
     """
@@ -33,27 +35,64 @@ class Target:
 
 
 _S_TO_L = (("M", 64 * 197), ("K", 384), ("N", 1024), ("r", 64))
-TARGETS = [
+_IMAGES = (("M", 64 * 197),)
+_ON_GPU = [
     Target("stitch_layer_norm", "forward", ROOFLINE, 0.8, _S_TO_L),
     Target("stitch_layer_norm", "forward", EAGER, 2, _S_TO_L),
     Target("stitch_layer_norm", "forward", "torch.compile", 1.3, _S_TO_L),
     Target("stitch_layer_norm", "forward", "merged", 1.2, _S_TO_L),
     Target("stitch_layer_norm", "backward", EAGER, 1.5, _S_TO_L),
-    Target("residual_layer_norm", "forward", ROOFLINE, 0.85),
-    Target("residual_layer_norm", "backward", ROOFLINE, 0.75),
-    Target("residual_layer_norm", "forward", EAGER, 1),
-    Target("residual_layer_norm", "forward+backward", EAGER, 1),
+    Target("residual_layer_norm", "forward", ROOFLINE, 0.85, _IMAGES),
+    Target("residual_layer_norm", "backward", ROOFLINE, 0.75, _IMAGES),
+    Target("residual_layer_norm", "forward", EAGER, 1, _IMAGES),
+    Target("residual_layer_norm", "forward+backward", EAGER, 1, _IMAGES),
     *(
         Target("multi_stitch", "forward", over, least, (("groups", groups),))
         for groups in (8, 12, 16)
-        for over, least in ((EAGER, 1.5), ("one stitch", 0.9))
+        for over, least in ((EAGER, 1.5), ("merged", 1), ("one stitch", 0.9))
     ),
 ]
+_ROWS = 8 * 197
+_ON_CPU = [
+    *(
+        Target("stitch_layer_norm", phase, over, least, (("M", _ROWS), ("K", K), ("r", 64)))
+        for K in (384, 1024)
+        for phase, over, least in (
+            ("inference", EAGER, 1.33),
+            ("inference", "merged", 0.97),
+            ("inference", "torch.compile", 0.97),
+            ("forward", EAGER, 1.25),
+            ("forward", "merged", 0.97),
+            ("forward", "torch.compile", 0.97),
+            ("forward+backward", EAGER, 1.3),
+            ("forward+backward", "torch.compile", 0.97),
+        )
+    ),
+    *(
+        Target("residual_layer_norm", phase, over, least, (("M", _ROWS), ("N", N), ("s", 0)))
+        for N in (384, 768, 1024)
+        for phase, least_over_eager in (
+            ("inference", 1.5),
+            ("forward", 1.5),
+            ("forward+backward", 1.3),
+        )
+        for over, least in ((EAGER, least_over_eager), ("torch.compile", 1))
+    ),
+    *(
+        Target("multi_stitch", phase, "merged", 0.97, (("M", _ROWS),))
+        for phase in ("inference", "forward")
+    ),
+    *(
+        Target(op, "forward", "30 µs", 1, (("M", 1),))
+        for op in ("stitch", "residual_layer_norm", "stitch_layer_norm", "multi_stitch")
+    ),
+]
+TARGETS = {"cuda": _ON_GPU, "cpu": _ON_CPU}
 
 
 def lines(record: Record) -> list[str]:
     """A line for every target and every case that it is about."""
-    found = [line for target in TARGETS for line in _lines(record, target)]
+    found = [line for target in TARGETS[record.device] for line in _lines(record, target)]
     return found or ["no case of the record is one that a target is about"]
 
 
@@ -95,6 +134,8 @@ def _seconds(record: Record, case: CaseResult, name: str, phase: str) -> float |
     def of(case: CaseResult) -> float | None:
         if name == ROOFLINE:
             return case.floor_seconds
+        if name in LIMITS:
+            return LIMITS[name]
         entry = next((entry for entry in case.entries if entry.name == name), None)
         return entry.seconds.median if entry and entry.seconds else None
 

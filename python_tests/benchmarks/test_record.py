@@ -177,6 +177,16 @@ def test_a_case_that_breaks_loses_nothing_and_another_process_goes_on(
     assert [case.op for case in both.cases[3:]] == ["stitch_layer_norm"] * 6
     assert (both.date, both.ceilings) == (first.date, first.ceilings)
 
+    assert recorder.main(["--ops", "stitch_layer_norm", *arguments]) == 0
+    again = Record.load(path)
+    assert [(c.op, c.shape, c.phase) for c in again.cases] == [
+        (c.op, c.shape, c.phase) for c in both.cases
+    ]
+    dataclasses.replace(again, commit="another").save(path)
+    with pytest.raises(SystemExit, match=r"of another commit, machine or number of threads"):
+        recorder.main(["--ops", "stitch", *arguments])
+    assert len(Record.load(path).cases) == len(again.cases)
+
 
 def test_no_case_begins_after_the_limit(
     small: dict[str, Subject], tmp_path: Path, capsys: pytest.CaptureFixture[str]
