@@ -196,10 +196,10 @@ def test_set_base() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0, 4, 1), "in_features must be at least 1, but it is 0"),
-        ((4, -1, 1), "out_features must be at least 1, but it is -1"),
-        ((4, 4, -1), "rank must be at least 0, but it is -1"),
-        ((4, 4, float("nan")), "rank must be an integer, but it is nan"),
+        ((0, 4, 1), "in_features must be at least 1, got 0"),
+        ((4, -1, 1), "out_features must be at least 1, got -1"),
+        ((4, 4, -1), "rank must be at least 0, got -1"),
+        ((4, 4, float("nan")), "rank must be an integer, got nan, a float"),
     ],
 )
 def test_bad_sizes(sizes: tuple[int, int, int], message: str) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from snkernels import collectives
 from snkernels.batches import Share, Tally, batch_order, digest
+from snkernels.files import replacing
 from snkernels.journal import Journal
 from snkernels.models.anchors import describe
 from snkernels.models.model_route import ModelRoute
-from snkernels.models.modes import eval_mode
+from snkernels.models.modes import inference
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
@@ -112,7 +113,7 @@ class Evaluation:
         Raises:
             OSError: If the file cannot be written.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(
                 ("id", "route", "direction", "flops", "top1", "top5", "loss", "on_front")
@@ -257,8 +258,7 @@ def evaluate(
                 journal = stack.enter_context(closing(Journal(resume, facts)))
                 done, whole = _found(journal, len(wanted))
         done, whole = collectives.gather((done, whole))[0]
-        stack.enter_context(eval_mode(model))
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(inference(model, next(model.parameters()).device.type))
         share = Share(loader, order, model.small.num_classes, done, whole)
         _measure_all(model, wanted, max_rows, share, done, journal, progress)
         with collectives.agreed():

@@ -1,12 +1,12 @@
 """Drop-in layers on the ops, with the state-dict keys and shapes of the official SN-Netv2 layer."""
 
 import math
-import numbers
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snkernels.integers import integer
 from snkernels.ops import stitch, stitch_layer_norm
 from snkernels.reference import merged_weight
 
@@ -42,15 +42,9 @@ class LowRankProjection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("in_features", in_features, 1),
-            ("out_features", out_features, 1),
-            ("rank", rank, 0),
-        ):
-            if not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name} must be an integer, but it is {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but it is {value}")
+        in_features = integer("in_features", in_features, 1)
+        out_features = integer("out_features", out_features, 1)
+        rank = integer("rank", rank, 0)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, **options), requires_grad=False
@@ -117,8 +111,9 @@ class StitchingLayer(nn.Module):
         self.transform = LowRankProjection(
             in_features, out_features, rank, device=device, dtype=dtype
         )
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.scaling = 1.0 / rank if rank else 1.0
+        self.out_features, self.in_features = self.transform.weight.shape
+        self.rank = 0 if self.transform.lora_A is None else len(self.transform.lora_A)
+        self.scaling = 1.0 / self.rank if self.rank else 1.0
         self._merged: _Merged | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +161,7 @@ class StitchingLayer(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_merged": None}  # copies and pickles make their own
+        return {**super().__getstate__(), "_merged": None}  # copies and pickles make their own
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
         t = self.transform

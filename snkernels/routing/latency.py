@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from snkernels.files import replacing
 from snkernels.routing.space import ANCHOR_NAMES, Route, StitchingSpace
 from snkernels.text import aligned
 
@@ -178,12 +179,13 @@ class Profile:
         _refuse("profile must be of this device and dtype", asdict(setting), asdict(self.setting))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON.
+        """Write it as JSON; the file appears when it is complete, until then the old one stays.
 
         Raises:
             OSError: If the file cannot be written.
         """
-        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
