@@ -164,6 +164,9 @@ def test_elsewhere_a_copy_is_measured() -> None:
     with pytest.raises(NotImplementedError):  # a copy of it cannot be made on the CPU
         snkernels.profile(far, [1], "cpu")
     assert all(p.is_meta for p in far.parameters())
+    model.compile_blocks(backend="eager")
+    with pytest.raises(ValueError, match="device must be cpu, where the model is, got meta"):
+        snkernels.profile(model, [1], "meta")
 
 
 def test_a_wrapped_model() -> None:

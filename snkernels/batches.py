@@ -142,8 +142,12 @@ def batch_order(loader: Iterable[Any]) -> list[Any] | None:
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return None
     batches: Iterable[Any] = sampler if loader.batch_sampler is None else loader.batch_sampler
+    own = getattr(sampler, "generator", None)
+    state = None if own is None else own.get_state()
     with torch.random.fork_rng(devices=[]):
         order, again = list(batches), list(batches)
+    if own is not None:
+        own.set_state(state)
     if repr(order) != repr(again):
         raise ValueError(f"{_SAME}; its {type(sampler).__name__} gives another order each time")
     return order

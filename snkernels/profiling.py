@@ -18,8 +18,8 @@ from snkernels.integers import integer, integers
 from snkernels.models.anchors import embed, finish, image_shape
 from snkernels.models.blocks import entry_norm, run_block
 from snkernels.models.executor import slices
-from snkernels.models.modes import eval_mode
-from snkernels.models.setting import setting_of, shapes_of
+from snkernels.models.modes import inference
+from snkernels.models.setting import is_compiled, setting_of, shapes_of
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
@@ -64,7 +64,8 @@ def profile(
     Args:
         model: A stitched model.
         batch_sizes: Images per call, one size or some, each 1 or more.
-        device: Where to measure; None for where the model is. Elsewhere a copy of it is measured.
+        device: Where to measure; None for where the model is. Elsewhere a copy of it is measured,
+            unless it is compiled.
         check: Ids of the routes to run whole, or "all"; None for eight, from the cheapest to the
             costliest.
         rounds: How often each part and each checked route is measured at least.
@@ -74,7 +75,8 @@ def profile(
     Raises:
         TypeError: If a batch size or an id is no integer.
         ValueError: If there are no batch sizes, one of them or ``rounds`` is below 1, ``seconds``
-            is no time, no route has an id, or none is to be checked.
+            is no time, no route has an id, none is to be checked, or compiled blocks are to be
+            measured elsewhere.
     """
     model = inside(model, compiled=False)
     sizes = sorted(integers("batch_sizes", batch_sizes, 1))
@@ -86,10 +88,15 @@ def profile(
     else:
         routes = model.space.named(check, "check")
     if device is not None and torch.empty(0, device=device).device != _device(model):
+        if is_compiled(model):
+            raise ValueError(
+                f"device must be {_device(model)}, where the model is, got {device}: a copy of "
+                "compiled blocks is not compiled"
+            )
         model = copy.deepcopy(model).to(device)
     samples = {size: _Samples(model, size, routes) for size in sizes}
     turns: list[_Samples] = []
-    with eval_mode(model), torch.inference_mode():
+    with inference(model, _device(model).type):
         for size in sizes:
             start = time.perf_counter()
             warm_up = _Samples(model, size, routes[:1])

@@ -18,7 +18,8 @@ from torch import nn
 
 from snkernels.integers import integers
 from snkernels.models.anchors import image_shape
-from snkernels.models.modes import restored_modes
+from snkernels.models.modes import restored_modes, uncached_autocast
+from snkernels.models.setting import is_compiled
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.wrappers import inside
 from snkernels.progress import progress_bar
@@ -87,8 +88,7 @@ def warmup(
     on_gpu = like.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("warmup must come before the capture of a CUDA graph, not inside it")
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if not on_gpu and not compiled:
+    if not on_gpu and not is_compiled(model):
         sizes = [1]
     one_of_each = list({route.direction: route.id for route in reversed(model.routes)}.values())
     # Every kind of route by itself, and all in one pass, where they meet.
@@ -124,7 +124,7 @@ def _restored(model: StitchedViT, training: bool) -> Iterator[None]:
     """Puts the model into train or eval mode; afterwards all is as it was before."""
     last_route, device = model.last_route, next(model.parameters()).device
     gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), restored_modes(model):
+    with torch.random.fork_rng(gpus), restored_modes(model), uncached_autocast(device.type):
         model.train(training)
         try:
             yield

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from snkernels.models.anchors import (
     check_anchor,
@@ -139,6 +139,65 @@ def test_anchors_must_agree(make_vit: MakeViT, changes: dict[str, Any], message:
         check_pair(make_vit(), make_vit(**changes))
 
 
+def test_anchors_without_a_head_give_features_of_their_width(make_vit: MakeViT) -> None:
+    check_pair(make_vit(num_classes=0), make_vit(num_classes=0, depth=4))
+    with pytest.raises(ValueError, match="small and large must agree in outputs, got 12 and 24"):
+        check_pair(make_vit(num_classes=0), make_vit(num_classes=0, embed_dim=24))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vit: vit.double(), r"dtype, got torch\.float32 and torch\.float64"),
+        (lambda vit: vit.to("meta"), "device, got cpu and meta"),
+    ],
+)
+def test_anchors_must_be_of_one_dtype_in_one_place(
+    make_vit: MakeViT, change: Callable[[PlainViT], PlainViT], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"small and large must agree in {message}"):
+        check_pair(make_vit(), change(make_vit()))
+
+
+class OfAllTokens(PlainViT):
+    """Calls itself one that pools by the class token, but does not."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x.mean(1))
+
+
+def test_a_head_of_its_own_is_given_all_tokens() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    vit = OfAllTokens(8, 4, 3, 5, embed_dim=12, depth=2, num_heads=3).eval()
+    torch.testing.assert_close(finish(vit, embed(vit, images), 0), vit(images))
+    vit = PlainViT(8, 4, 3, 5, embed_dim=12, depth=2, num_heads=3).eval()
+    vit.forward_head = lambda x: vit.head(x.mean(1))  # type: ignore[method-assign]
+    torch.testing.assert_close(finish(vit, embed(vit, images), 0), vit(images))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_blocks_that_are_run_again_give_the_same_gradients(make_vit: MakeViT, rate: float) -> None:
+    vit = make_vit(depth=3, drop_path_rate=rate).double().train()
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    calls: list[None] = []
+    vit.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(None))
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(1)
+        loss = finish(vit, embed(vit, images), 0).square().sum()
+        return list(torch.autograd.grad(loss, list(vit.parameters())))
+
+    expected = gradients()
+    assert len(calls) == 1
+    vit.set_grad_checkpointing()
+    for actual, one in zip(gradients(), expected, strict=True):
+        assert torch.equal(actual, one)
+    assert len(calls) == 1 + 2
+    with torch.no_grad():
+        finish(vit, embed(vit, images), 0)
+    assert len(calls) == 1 + 2 + 1, "without gradients nothing is run again"
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 8, 4), (3, 8, 8), (2, 3, 8, 8, 1)])
 def test_images_of_another_shape_are_refused(make_vit: MakeViT, shape: tuple[int, ...]) -> None:
     check_images(make_vit(), torch.zeros(0, 3, 8, 8))
@@ -150,6 +209,16 @@ def test_images_of_another_shape_are_refused(make_vit: MakeViT, shape: tuple[int
 def test_images_must_be_a_tensor(make_vit: MakeViT, images: Any) -> None:
     with pytest.raises(TypeError, match=f"images must be a tensor, got {type(images).__name__}"):
         check_images(make_vit(), images)
+
+
+def test_images_must_be_as_the_model_is(make_vit: MakeViT) -> None:
+    vit, images = make_vit(), torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"images must be torch\.float32 .*, got torch\.float64"):
+        check_images(vit, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_images(vit, images)
+    with pytest.raises(ValueError, match="images must be on cpu as the model, got meta"):
+        check_images(vit, torch.zeros(2, 3, 8, 8, device="meta"))
 
 
 def test_images_must_be_floats(make_vit: MakeViT) -> None:

@@ -204,7 +204,7 @@ def test_heads_can_be_given() -> None:
     ("num_heads", "error", "message"),
     [
         (2, TypeError, "num_heads must be two integers, got 2"),
-        ((1.0, 2.0), TypeError, r"num_heads must be two integers, got \(1\.0, 2\.0\)"),
+        ((1.0, 2.0), TypeError, "each of num_heads must be an integer, got 1.0, a float"),
         ((2,), ValueError, "num_heads must be two integers, got 1"),
         ((), ValueError, "num_heads must be two integers, got 0"),
         ((3, 2), ValueError, "multiple of num_heads, got 64 and 3"),

@@ -203,13 +203,13 @@ def test_a_single_route_is_the_loop_over_its_blocks(make: Make) -> None:
 
 def test_inference_on_a_cpu_goes_through_blocks_in_slices(make: Make, run_by_hand: ByHand) -> None:
     model = make((2, 4))
-    images = torch.randn(9, 3, 8, 8)
+    images = torch.randn(11, 3, 8, 8)
     rows = rows_through(model)
     with torch.no_grad():
         model(images, stitch=2)
-        assert rows == [5, 4, 5, 5, 4, 4]  # block 0 of S, then blocks 2 and 3 of L
+        assert rows == [6, 5, 6, 6, 5, 5]  # block 0 of S, then blocks 2 and 3 of L
         actual = model(images, routes="all")
-    assert max(rows) <= 8
+    assert max(rows) <= 10
     torch.testing.assert_close(
         actual, alone(run_by_hand, model, images, ids_of(model)), rtol=1e-5, atol=1e-5
     )

@@ -147,6 +147,11 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.int64)}, TypeError, "floating point"),
         ({"images": [[0.0]]}, TypeError, "images must be a tensor, got list"),
         ({"max_rows": 2}, ValueError, "max_rows must be at least 3, got 2"),
+        ({"images": torch.zeros(2, 3, 8, 8).double()}, TypeError, r"images must be torch\.float32"),
+        ({"images": torch.empty(2, 3, 8, 8, device="meta")}, ValueError, "images must be on cpu"),
+        ({"without_grad": ["x"]}, TypeError, "route id must be an integer, got 'x'"),
+        ({"without_grad": [99]}, ValueError, "route id must be in 0–2 or 4–4, got 99"),
+        ({"without_grad": "some"}, ValueError, 'without_grad must be "all" or route ids'),
     ]
 
 

@@ -133,6 +133,39 @@ def test_only_the_class_token_passes_the_last_mlp_where_the_head_reads_it_alone(
         assert tokens.pop() == expected, kind
 
 
+def test_a_head_that_reads_two_tokens_is_given_both(
+    timm: ModuleType, randomise: Callable[[nn.Module], None]
+) -> None:
+    sizes = {"img_size": 8, "patch_size": 4, "num_classes": 5, "num_heads": 3, "depth": 2}
+    vit = timm.models.deit.VisionTransformerDistilled(**sizes, embed_dim=12).eval()
+    randomise(vit)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(finish(vit, embed(vit, images), 0), vit(images))
+
+
+def test_a_hook_inside_attention_sees_every_block(make_timm: MakeTimm) -> None:
+    vit = make_timm(**DEIT3)
+    seen: list[int] = []
+    for i, block in enumerate(vit.blocks):
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda *_, i=i: seen.append(i))
+    finish(vit, embed(vit, torch.randn(2, 3, 8, 8)), 0)
+    assert seen == [0, 1]
+
+
+def test_a_budget_of_known_costs_is_for_images_of_their_size(make_timm: MakeTimm) -> None:
+    dynamic = {**DEIT3, "dynamic_img_size": True}
+    model = StitchedViT(make_timm(**dynamic), make_timm(embed_dim=24, depth=3, **dynamic)).eval()
+    model.scores = {route.id: route.id for route in model.routes}
+    large = torch.randn(2, 3, 12, 16)
+    assert model(large, budget=1.0).shape == (2, 5)
+    assert model(torch.randn(2, 3, 8, 8), budget="1 GFLOPs").shape == (2, 5)
+    message = r"budget must be a share for images of \(3, 12, 16\): .* known for \(3, 8, 8\)"
+    for budget in ("1 GFLOPs", [0.5, "1 GFLOPs"]):
+        with pytest.raises(ValueError, match=message):
+            model(large, budget=budget)
+
+
 def test_a_plain_vit_and_a_timm_vit_fit_together(
     make_timm: MakeTimm, make_vit: Callable[..., PlainViT]
 ) -> None:

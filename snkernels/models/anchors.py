@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from snkernels.models.blocks import Block, Stream, entry_norm, is_plain_norm, run_block
 from snkernels.routing.cost import ViTShape
@@ -21,6 +23,8 @@ Anchor: TypeAlias = Any
 
 _VIT_PARTS = ("patch_embed", "_pos_embed", "blocks", "norm", "forward_head", "head")
 _VIT_FACTS = ("embed_dim", "num_classes", "num_prefix_tokens", "global_pool")
+# Classes whose head reads the first token and no other where ``global_pool`` is "token".
+_HEADS = {"snkernels.models.vit.PlainViT", "timm.models.vision_transformer.VisionTransformer"}
 _BLOCK_PARTS = (
     "norm1",
     "attn",
@@ -93,6 +97,9 @@ def check_pair(small: Anchor, large: Anchor) -> None:
         ("patch grid", lambda vit: tuple(vit.patch_embed.grid_size)),
         ("prefix tokens", lambda vit: vit.num_prefix_tokens),
         ("classes", lambda vit: vit.num_classes),
+        ("outputs", _outputs),
+        ("dtype", lambda vit: next(vit.parameters()).dtype),
+        ("device", lambda vit: next(vit.parameters()).device),
     ):
         if read(small) != read(large):
             raise ValueError(
@@ -100,17 +107,27 @@ def check_pair(small: Anchor, large: Anchor) -> None:
             )
 
 
+def _outputs(vit: Anchor) -> int:
+    """Return the number of outputs, which without a head are features."""
+    return vit.embed_dim if isinstance(vit.head, nn.Identity) else vit.num_classes
+
+
 def check_images(vit: Anchor, images: Tensor) -> None:
     """Check that ``images`` is what ``vit`` embeds: floats (B, channels, height, width).
 
     Raises:
-        TypeError: If it is no tensor of floats.
-        ValueError: If it has another shape; the message gives both.
+        TypeError: If it is no tensor of floats, or not of the anchor's dtype without autocast.
+        ValueError: If it has another shape, or is on another device; the message gives both.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, got {type(images).__name__}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}")
+    weight = vit.patch_embed.proj.weight
+    if images.device != weight.device:
+        raise ValueError(f"images must be on {weight.device} as the model, got {images.device}")
+    if images.dtype != weight.dtype and not _autocasts(weight.device.type):
+        raise TypeError(f"images must be {weight.dtype} as the model, got {images.dtype}")
     patch_embed = vit.patch_embed
     channels = patch_embed.proj.weight.shape[1]
     if getattr(patch_embed, "strict_img_size", True):
@@ -126,6 +143,10 @@ def check_images(vit: Anchor, images: Tensor) -> None:
         raise ValueError(
             f"images must have shape (batch, {channels}, {wanted}), got {tuple(images.shape)}"
         )
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def image_shape(vit: Anchor) -> tuple[int, int, int]:
@@ -189,7 +210,7 @@ def run_blocks(
     Returns:
         The residual stream after block ``stop - 1``, (B, N, embed_dim).
     """
-    tokens, _ = _chain(list(vit.blocks)[start:stop], [tokens, normed])
+    tokens, _ = _chain(vit, list(vit.blocks)[start:stop], [tokens, normed])
     return tokens
 
 
@@ -209,22 +230,48 @@ def finish(vit: Anchor, tokens: Tensor, start: int, normed: Tensor | None = None
     """
     norm = vit.norm if is_plain_norm(vit.norm) else None
     blocks = list(vit.blocks)[start:]
-    h, normed = _chain(blocks, [tokens, normed], norm, vit.global_pool == "token")
+    h, normed = _chain(vit, blocks, [tokens, normed], norm, _reads_one_token(vit))
     return vit.forward_head(vit.norm(h) if normed is None else normed)
 
 
+def _reads_one_token(vit: Anchor) -> bool:
+    """Whether the head is known to read the class token alone, whatever the others are."""
+    methods = [getattr(type(vit), name, None) for name in ("forward_head", "pool")]
+    classes = {f"{m.__module__}.{m.__qualname__}".rpartition(".")[0] for m in methods if m}
+    own = {"forward_head", "pool"} & vars(vit).keys()
+    return vit.global_pool == "token" and classes <= _HEADS and not own
+
+
 def _chain(
+    vit: Anchor,
     blocks: list[Block],
     stream: Stream,
     following: nn.LayerNorm | None = None,
     class_token_only: bool = False,
 ) -> Stream:
-    """Run blocks one after another; the last two arguments are those of the last ``run_block``."""
+    """Run blocks one after another; the last two arguments are those of the last ``run_block``.
+
+    Where the anchor's ``set_grad_checkpointing`` says so, a block keeps for the backward pass what
+    it was given, and is run again there.
+    """
     norms = [*map(entry_norm, blocks), following]
     last = len(blocks) - 1
+    again = getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled()
     for i, block in enumerate(blocks):
-        run_block(block, stream, norms[i], norms[i + 1], class_token_only and i == last)
+        others = norms[i], norms[i + 1], class_token_only and i == last
+        if again:
+            stream[:] = checkpoint(_rerun, block, *stream, *others, use_reentrant=False)
+        else:
+            run_block(block, stream, *others)
     return stream
+
+
+def _rerun(
+    block: Block, h: Tensor, normed: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor | None]:
+    stream: Stream = [h, normed]
+    run_block(block, stream, *others)
+    return stream[0], stream[1]
 
 
 def readout_parameters(vit: Anchor) -> Iterator[nn.Parameter]:

@@ -189,8 +189,11 @@ def _is_plain(attention: nn.Module) -> bool:
         and _is_unhooked(attention)
         and _is_untouched(attention.qkv)
         and all(
-            isinstance(m, nn.Identity)
-            or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
+            _is_untouched(m)
+            and (
+                isinstance(m, nn.Identity)
+                or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
+            )
             for m in others
         )
     )

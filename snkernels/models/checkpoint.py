@@ -11,8 +11,7 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from snkernels.files import replacing
+from snkernels.integers import integer, is_one
 
 _FORMAT = "snkernels.StitchedViT/1"
 
@@ -37,7 +39,7 @@ _ANCHOR = {
     "arguments": dict | None,
 }
 # Files from before these existed lack them, and hold none.
-_LATER = {"scores": dict | None, "profile": dict | None}
+_LATER = {"scores": dict | None, "profile": dict | None, "default_route": int | None}
 _CONFIG = {
     "anchors": (_ANCHOR, _ANCHOR),
     "rank": int,
@@ -146,15 +148,10 @@ def write(
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(path)
     metadata = {"format": _FORMAT, "config": json.dumps(config)}
     contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        partial = Path(folder, path.name)
+    with replacing(path) as partial:
         save_file(contiguous, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -253,11 +250,12 @@ def _check(where: str, value: Any, wanted: Any) -> None:
 
 
 def _two_ints(name: str, values: Any) -> tuple[int, int]:
-    if not isinstance(values, Sequence) or not all(isinstance(value, int) for value in values):
-        raise TypeError(f"{name} must be two integers, got {values!r}")
+    if is_one(values):
+        raise TypeError(f"{name} must be two integers, got {values!r:.80}")
     if len(values) != 2:
         raise ValueError(f"{name} must be two integers, got {len(values)}")
-    return values[0], values[1]
+    small, large = (integer(f"each of {name}", value, 1) for value in values)
+    return small, large
 
 
 def _shape(official: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:

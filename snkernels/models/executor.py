@@ -16,8 +16,8 @@ from snkernels.models.modes import no_grad
 from snkernels.routing.plan import Blocks, Call, Embed, Gather, Plan, Readout, Rows, Switch
 from snkernels.routing.space import Stitch
 
-# Rows that go through blocks together in the memory of a CPU.
-_SLICE = 8
+# Rows that go through blocks together at most in the memory of a CPU.
+_SLICE = 10
 
 
 def execute(
@@ -117,6 +117,8 @@ class _Run:
                     outs = [finish(vit, h, start, normed) for h, normed in parts]
                     self.logits[value] = _joined(outs)
             case Switch(stitch, block, rows, out, last):
+                # One by one: the two directions of a level end in different widths, and all that
+                # crosses in one direction there takes the same stitch, so nothing is to be grouped.
                 source = self.tokens.pop(rows.value) if last else self.tokens[rows.value]
                 h = source.h[rows.start : rows.stop]
                 norm = entry_norm(self.anchors[1 - stitch.direction].blocks[block])

@@ -127,9 +127,11 @@ def _taken(item: Any, anchor: Anchor) -> Tensor:
             "images must give tensors or sequences that begin with one, such as (images, labels), "
             f"got {type(item).__name__}"
         )
-    check_images(anchor, images)
     parameter = next(anchor.parameters())
-    return images.to(parameter.device, parameter.dtype)
+    dtype = parameter.dtype if images.is_floating_point() else images.dtype
+    images = images.to(parameter.device, dtype)
+    check_images(anchor, images)
+    return images
 
 
 def solve(moments: Moments, inputs: slice, outputs: slice) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from snkernels.models import checkpoint
@@ -15,6 +16,7 @@ from snkernels.models.selection import check_scores
 from snkernels.models.setting import shapes_of
 from snkernels.models.vit import PlainViT
 from snkernels.routing.latency import Profile
+from snkernels.routing.space import LARGE
 
 if TYPE_CHECKING:
     from snkernels.models.stitched import StitchedViT
@@ -22,19 +24,32 @@ if TYPE_CHECKING:
 
 def save(model: StitchedViT, path: str | os.PathLike[str], notes: Mapping[str, Any] | None) -> None:
     """Write a model; see ``StitchedViT.save``."""
-    anchors = [
-        {**describe(vit), "arguments": getattr(vit, "config", None)} for vit in model.anchors
-    ]
+    anchors = [{**describe(vit), "arguments": _arguments(vit)} for vit in model.anchors]
     config = {
         "anchors": anchors,
         "rank": model.rank,
         "sampling": model._sampling,
         "sampler": model.sampler.state_dict(),
         "notes": dict(notes or {}),
+        "default_route": model.default_route,
         "scores": model.scores,
         "profile": None if model.profile is None else model.profile.to_json(),
     }
     checkpoint.write(path, model.state_dict(), config)
+
+
+def _arguments(vit: Anchor) -> dict[str, Any] | None:
+    """Return what builds a ``PlainViT`` of the same shape; None where nothing does."""
+    arguments: dict[str, Any] | None = getattr(vit, "config", None)
+    if arguments is None:
+        return None
+    with torch.device("meta"):
+        built = PlainViT(**arguments)
+    try:
+        checkpoint.check_tensors("anchor", vit.state_dict(), built.state_dict())
+    except ValueError:  # the head was replaced, say: to load it, anchors must be given
+        return None
+    return arguments
 
 
 def restore(model: StitchedViT, path: str | os.PathLike[str]) -> None:
@@ -88,13 +103,19 @@ def _check_fit(
     checkpoint.check_tensors(path, tensors, model.state_dict())
     with checkpoint.building(path):
         copy.copy(model.sampler).load_state_dict(config["sampler"])
+        model.space.route(_default_route(config))
         _measured(model, config)
 
 
 def _fill(model: StitchedViT, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     model.load_state_dict(tensors)
     model.sampler.load_state_dict(config["sampler"])
+    model.default_route = _default_route(config)
     model.scores, model.profile = _measured(model, config)
+
+
+def _default_route(config: dict[str, Any]) -> int:
+    return LARGE if config["default_route"] is None else config["default_route"]
 
 
 def _measured(

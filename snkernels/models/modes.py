@@ -29,6 +29,13 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def inference(module: nn.Module, device: str) -> Iterator[None]:
+    """Measure a model: in eval mode and inference mode, whatever the caller's own modes are."""
+    with eval_mode(module), torch.inference_mode(), uncached_autocast(device):
+        yield
+
+
+@contextmanager
 def uncached_autocast(device: str) -> Iterator[None]:
     """Keep autocast as it is, but for its cache of weights that it has cast.
 

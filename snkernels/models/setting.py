@@ -31,8 +31,13 @@ def setting_of(model: StitchedViT) -> Setting:
         torch=torch.__version__,
         autocast=None if autocast is None else str(autocast).removeprefix("torch."),
         backend=forced_backend(),
-        compiled=any(m._compiled_call_impl is not None for m in model.modules()),
+        compiled=is_compiled(model),
     )
+
+
+def is_compiled(model: StitchedViT) -> bool:
+    """Whether any part of it is compiled where it stands."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def shapes_of(model: StitchedViT) -> dict[str, Any]:
@@ -55,5 +60,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    facts = [tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line]
+    names = [value for fact, value in facts if fact == "model name"]
+    if names:
+        return names[0]
+    # ARM has numbers instead, of each kind of core.
+    parts = {f"{fact} {value}" for fact, value in facts if fact in ("CPU implementer", "CPU part")}
+    return ", ".join([platform.processor() or platform.machine(), *sorted(parts)])

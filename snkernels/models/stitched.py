@@ -13,12 +13,12 @@ from snkernels import collectives
 from snkernels.integers import integer, is_one
 from snkernels.layers import StitchingLayer
 from snkernels.models import checkpoint, model_file
-from snkernels.models.anchors import Anchor, check_images, check_pair
+from snkernels.models.anchors import Anchor, check_images, check_pair, image_shape
 from snkernels.models.capture import CapturedForward
 from snkernels.models.executor import execute
 from snkernels.models.least_squares import fit
 from snkernels.models.model_route import ModelRoute, priced
-from snkernels.models.modes import eval_mode
+from snkernels.models.modes import eval_mode, uncached_autocast
 from snkernels.models.selection import Selection, check_scores, select
 from snkernels.models.setting import shapes_of
 from snkernels.models.vit import PlainViT
@@ -47,8 +47,8 @@ class StitchedViT(nn.Module):
             anchors.  See ``snkernels.routing.sampling.cost_groups``.
         tilt: Whether costly groups are drawn more often.
         draws: How the routes of data-parallel ranks relate: "own", "shared" or "equal_cost"; see
-            ``snkernels.routing.sampling.RouteSampler``.  The rank is that of the default process
-            group at the time of construction.
+            ``snkernels.routing.sampling.RouteSampler``.  The rank is that in the default process
+            group when a route is drawn.
 
     Attributes:
         anchors: The two anchors.
@@ -56,7 +56,8 @@ class StitchedViT(nn.Module):
         space: The routes as such, from the depths alone.
         routes: A ``ModelRoute`` for every route, in the order of ids.
         sampler: The ``RouteSampler`` that training draws from.
-        default_route: Id of the route that runs in eval mode when none is named; the large anchor.
+        default_route: Id of the route that runs in eval mode when none is named; at first that of
+            the large anchor.  It is saved with the model.
         last_route: Id of the route that the last call ran; None before the first call and after
             one with several routes.
         scores: How good each measured route is, from ids to numbers, more being better; None at
@@ -119,7 +120,7 @@ class StitchedViT(nn.Module):
             rank=collectives.rank(),
             **self._sampling,
         )
-        self.default_route = LARGE
+        self._default_route = LARGE
         self.last_route: int | None = None
         self._scores: dict[int, float] | None = None
         self._profile: Profile | None = None
@@ -133,6 +134,15 @@ class StitchedViT(nn.Module):
     def large(self) -> Anchor:
         """The large anchor."""
         return self._anchor(LARGE)
+
+    @property
+    def default_route(self) -> int:
+        """The id of the default route."""
+        return self._default_route
+
+    @default_route.setter
+    def default_route(self, route_id: int) -> None:
+        self._default_route = self.space.route(route_id).id
 
     @property
     def scores(self) -> dict[int, float] | None:
@@ -195,27 +205,29 @@ class StitchedViT(nn.Module):
                 number nor a text.
             RuntimeError: If a budget needs scores or a profile that are not there.
             ValueError: If no route has an id, their number is wrong, more than one of ``stitch``,
-                ``routes`` and ``budget`` are given, no route fits a budget, ``max_rows`` is too
-                small, or images are none, of another shape than the anchors' or, in CPU memory and
-                where the model is not compiled as a whole, not finite.  Nothing is drawn then.
+                ``routes`` and ``budget`` are given, no route fits a budget, a budget other than a
+                share comes with images of a size that no cost is known of, ``max_rows`` is too
+                small, or images are none, of another shape or device than the anchors' or, in CPU
+                memory and where the model is not compiled as a whole, not finite.  Nothing is drawn
+                then.
         """
         self._check_batch(images)
+        ungraded = [route.id for route in self._named(without_grad, "without_grad")]
         batch = len(images)
         limit = max(batch, _MAX_ROWS) if max_rows is None else integer("max_rows", max_rows, 3)
         if sum(choice is not None for choice in (stitch, routes, budget)) > 1:
             raise ValueError("only one of stitch, routes and budget must be given")
         if budget is not None:
-            stitch = self._afford(budget, batch)
+            stitch = self._afford(budget, images)
         if routes is not None:
             chosen = self.space.named(routes, "routes")
             rows = [(i, route) for route in chosen for i in range(batch)]
         else:
             if stitch is None:
-                stitch = self.sampler.draw() if self.training else self.default_route
+                stitch = self.draw(1)[0] if self.training else self.default_route
             chosen = self._one_each(stitch, batch)
             rows = list(enumerate(chosen))
         self.last_route = chosen[0].id if len({route.id for route in chosen}) == 1 else None
-        ungraded = [integer("each of without_grad", route_id) for route_id in without_grad]
         schedule = plan(rows, self.space, limit, ungraded)
         logits = execute(schedule, (self.small, self.large), self._stitch, images)
         return logits if routes is None else logits.unflatten(0, (len(chosen), batch))
@@ -249,6 +261,7 @@ class StitchedViT(nn.Module):
         Raises:
             ValueError: If ``count`` is below 1.
         """
+        self.sampler.rank = collectives.rank()
         return [self.sampler.draw() for _ in range(integer("count", count, 1))]
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -319,8 +332,9 @@ class StitchedViT(nn.Module):
         end with the same bits in all stitches.
 
         Args:
-            images: One tensor (n, channels, height, width), or an iterable, such as a data loader,
-                of such tensors or of sequences that begin with one, such as (images, labels).
+            images: One tensor (n, channels, height, width), or an iterable, such as some batches of
+                a data loader, of such tensors or of sequences that begin with one, such as (images,
+                labels).  All of it is read; the paper takes 100 images.
             batch_size: Images per forward where ``images`` is one tensor.
             progress: Whether to show a progress bar when it takes more than seconds; needs tqdm.
 
@@ -330,7 +344,7 @@ class StitchedViT(nn.Module):
                 or tokens are not finite; the stitches are then as they were.
             RuntimeError: If another rank failed so; the message names it and says how.
         """
-        with eval_mode(self):
+        with eval_mode(self), uncached_autocast(next(self.parameters()).device.type):
             maps = fit(self.small, self.large, self.space, images, batch_size, progress)
         for stitch, (weight, bias) in maps.items():
             layer = self._stitch(stitch)
@@ -450,11 +464,24 @@ class StitchedViT(nn.Module):
             )
         return chosen
 
-    def _afford(self, budget: Any, batch: int) -> int | list[int]:
+    def _named(self, ids: Any, name: str) -> list[Route]:
+        """Return the routes of ids, of which there may be none."""
+        if isinstance(ids, Sequence) and len(ids) == 0:
+            return []
+        return self.space.named(ids, name)
+
+    def _afford(self, budget: Any, images: Tensor) -> int | list[int]:
         """Return the id of the route that a budget buys, or of one per budget."""
+        batch = len(images)
+        budgets = [Budget.parse(one) for one in ([budget] if is_one(budget) else budget)]
+        known = image_shape(self.small)
+        if images.shape[1:] != known and any(one.kind != "share" for one in budgets):
+            raise ValueError(
+                f"budget must be a share for images of {tuple(images.shape[1:])}: what routes cost "
+                f"is known for {known}"
+            )
         if is_one(budget):
-            return self.select(budget, batch).route.id
-        budgets = [Budget.parse(one) for one in budget]
+            return self.select(budgets[0], batch).route.id
         if len(budgets) != batch:
             raise ValueError(
                 f"budget must be one, or one for each of the {batch} images, got {len(budgets)}"

@@ -222,6 +222,7 @@ class PlainViT(nn.Module):
             "init_values": init_values,
             "drop_path_rate": drop_path_rate,
         }
+        self.grad_checkpointing = False
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.embed_dim = embed_dim
@@ -244,6 +245,31 @@ class PlainViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new head in the place of the old one.
+
+        Args:
+            num_classes: Its outputs; 0 leaves it out.
+
+        Raises:
+            TypeError: If that is no integer.
+            ValueError: If it is negative.
+        """
+        self.num_classes = self.config["num_classes"] = integer("num_classes", num_classes, 0)
+        like = self.cls_token
+        self.head = nn.Identity()
+        if self.num_classes:
+            self.head = nn.Linear(self.embed_dim, self.num_classes).to(like.device, like.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Say whether a block keeps only its input for the backward pass, and is run again there.
+
+        It takes less memory and more time.  It holds where the anchor is part of a stitched model.
+        """
+        self.grad_checkpointing = bool(enable)
 
     def _init_weights(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -78,7 +78,7 @@ class RouteSampler:
         tilt: Draw costly groups more often: with k groups, group i = 1 … k by rising cost has a
             probability proportional to i/k + 1/k. Otherwise all groups are equally likely.
         seed: Seed of the draws.
-        rank: Data-parallel rank.
+        rank: Data-parallel rank; it may be set later, as an attribute.
         draws: "own": every rank draws a route of its own. "shared": all ranks draw the same route
             at each step. "equal_cost": all ranks draw the same group, and each its own route in
             it, so that no rank waits for one with a costlier route.
@@ -102,21 +102,24 @@ class RouteSampler:
             raise ValueError(f"draws must be one of {', '.join(get_args(Draws))}, got {draws!r}")
         self.groups = cost_groups(flops, default_gap(flops) if gap is None else gap)
         self._weights = [i + 1 if tilt else 1 for i in range(1, len(self.groups) + 1)]
-        self._group_stream = f"rank {rank}" if draws == "own" else "shared"
-        self._route_stream = "shared" if draws == "shared" else f"rank {rank}"
+        self.rank = rank
+        self._relation = draws
         self._seed = integer("seed", seed)
         self._draws = 0
 
     def draw(self) -> int:
         """Returns the route id of the next step."""
         # A text seed is hashed in full, so that neighbouring draws are unrelated.
+        own, relation = f"rank {self.rank}", self._relation
+        group_stream = own if relation == "own" else "shared"
+        route_stream = "shared" if relation == "shared" else own
         generators = {
             stream: random.Random(f"{self._seed}, {stream}, {self._draws}")
-            for stream in (self._group_stream, self._route_stream)
+            for stream in (group_stream, route_stream)
         }
         self._draws += 1
-        (group,) = generators[self._group_stream].choices(self.groups, self._weights)
-        return generators[self._route_stream].choice(group)
+        (group,) = generators[group_stream].choices(self.groups, self._weights)
+        return generators[route_stream].choice(group)
 
     def probabilities(self) -> dict[int, float]:
         """Returns the probability of each route id, in the order of the groups."""
