@@ -113,7 +113,11 @@ def triton_kernel(module: str, function: str) -> Callable[..., Any]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see the op; where not, calling it directly costs half as much."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:

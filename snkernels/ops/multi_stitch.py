@@ -80,7 +80,7 @@ def _fake_backward(
 
 def _check_rising(offsets: Sequence[int], rows: int) -> None:
     """Raises unless offsets rise from 0 to the number of rows."""
-    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in itertools.pairwise(offsets)):
+    if offsets[0] != 0 or offsets[-1] != rows or sorted(offsets) != list(offsets):
         raise ValueError(
             f"group_offsets must rise from 0 to the {rows} rows of x, but they are {list(offsets)}"
         )
