@@ -54,11 +54,19 @@ namespace {
 using py::handle;
 using snk::ANY, snk::View, snk::vector_of, snk::view_of;
 
-// (first row, last row, scaling, weight, bias, lora_A, lora_B, norm_weight, norm_bias), and the
-// gradients of those six if they are wanted; all tensors or None.
-snk::cpu::StitchGroup group_of(const py::tuple& members, int64_t in_features,
-                               int64_t out_features) {
+// (first row, last row, scaling, weight, bias, lora_A, lora_B, norm_weight, norm_bias), and for the
+// backward the gradients of those six if they are wanted; all tensors or None.
+snk::cpu::StitchGroup group_of(handle source, int64_t in_features, int64_t out_features,
+                               bool backward) {
+  const auto members = source.cast<py::tuple>();
+  const int64_t per_tensor = backward ? 2 : 1, tensors = (int64_t(members.size()) - 3) / per_tensor;
+  if (members.size() != size_t(3 + 6 * per_tensor))
+    throw py::value_error("tensors must hold 6 for each group, but one has " +
+                          std::to_string(tensors));
   const auto at = [&](size_t i) { return handle(PyTuple_GET_ITEM(members.ptr(), i)); };
+  if (at(3).is_none() && in_features != out_features)
+    throw py::value_error("weight must be given to get from " + std::to_string(in_features) + " to " +
+                          std::to_string(out_features) + " features, but it is None");
   if (at(5).is_none() != at(6).is_none()) throw py::value_error("lora_A and lora_B go together");
   snk::cpu::StitchGroup group{};
   group.first = at(0).cast<int64_t>();
@@ -70,7 +78,7 @@ snk::cpu::StitchGroup group_of(const py::tuple& members, int64_t in_features,
   group.lora_B = view_of("lora_B", at(6), out_features, group.lora_A.rows);
   group.norm_weight = vector_of("norm_weight", at(7), out_features);
   group.norm_bias = vector_of("norm_bias", at(8), out_features);
-  if (members.size() > 9) {
+  if (backward) {
     group.grad_weight = view_of("grad_weight", at(9), out_features, in_features);
     group.grad_bias = vector_of("grad_bias", at(10), out_features);
     group.grad_lora_A = view_of("grad_lora_A", at(11), group.lora_A.rows, in_features);
@@ -81,13 +89,26 @@ snk::cpu::StitchGroup group_of(const py::tuple& members, int64_t in_features,
   return group;
 }
 
-std::vector<snk::cpu::StitchGroup> groups_of(const py::list& groups, int64_t in_features,
-                                             int64_t out_features) {
+// All groups. Each begins where the one before it ends, and so they cover the rows: kernels neither
+// look at others nor leave any out.
+std::vector<snk::cpu::StitchGroup> groups_of(const py::list& groups, int64_t rows,
+                                             int64_t in_features, int64_t out_features,
+                                             bool backward) {
   std::vector<snk::cpu::StitchGroup> all;
   all.reserve(groups.size());
-  for (const auto& group : groups)
-    all.push_back(group_of(py::reinterpret_borrow<py::tuple>(group), in_features, out_features));
-  return all;
+  int64_t end = 0;
+  bool rising = true;
+  for (const auto& source : groups) {
+    const auto& group = all.emplace_back(group_of(source, in_features, out_features, backward));
+    rising = rising && group.first == end && group.last >= end;
+    end = group.last;
+  }
+  if (rising && end == rows) return all;
+  std::string message = "group_offsets must rise from 0 to the " + std::to_string(rows) +
+                        " rows of x, but the groups have rows";
+  for (const auto& group : all)
+    message += " [" + std::to_string(group.first) + ", " + std::to_string(group.last) + ")";
+  throw py::value_error(message);
 }
 
 // One value for each `rows_per_scale` of the rows; the last may have fewer.
@@ -125,7 +146,7 @@ void bind_cpu(py::module_& m) {
     StitchForward p;
     p.x = view_of("x", x, ANY, ANY);
     const int64_t rows = p.x.rows;
-    const auto own = groups_of(groups, p.x.cols, features);
+    const auto own = groups_of(groups, rows, p.x.cols, features, false);
     p.groups = own.data();
     p.count = int64_t(own.size());
     p.eps = eps;
@@ -144,7 +165,7 @@ void bind_cpu(py::module_& m) {
     const int64_t rows = p.x.rows;
     p.grad_y = view_of("grad_y", grad_y, rows, features);
     p.grad_normed = view_of("grad_normed", grad_normed, rows, features);
-    const auto own = groups_of(groups, p.x.cols, features);
+    const auto own = groups_of(groups, rows, p.x.cols, features, true);
     p.groups = own.data();
     p.count = int64_t(own.size());
     p.y = view_of("y", y, rows, features);

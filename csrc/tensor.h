@@ -10,15 +10,24 @@
 
 namespace snk {
 
-// A strong reference to something that lives as long as the process.
-inline PyObject* forever(PyObject* object) {
-  if (object == nullptr) throw pybind11::error_already_set();
-  return object;
-}
+// What of torch is used, looked up once and kept as long as the process lives.
+struct Torch {
+  PyObject *tensor, *parameter, *dtypes[3];  // the dtypes in the order of DType
+  dlpack::Look look;
+};
 
-inline PyObject* of_torch(const char* name) {
-  static PyObject* const torch = forever(PyImport_ImportModule("torch"));
-  return forever(PyObject_GetAttrString(torch, name));
+inline const Torch& of_torch() {
+  static const Torch known = [] {
+    const auto of = [](const char* module, const char* name) {
+      return pybind11::object(pybind11::module_::import(module).attr(name)).release().ptr();
+    };
+    PyObject* tensor = of("torch", "Tensor");
+    return Torch{tensor,
+                 of("torch.nn", "Parameter"),
+                 {of("torch", "float32"), of("torch", "float16"), of("torch", "bfloat16")},
+                 dlpack::look_of(tensor)};
+  }();
+  return known;
 }
 
 constexpr int64_t ANY = -1;  // rows or columns
@@ -28,16 +37,13 @@ inline bool fits(const View& view, int64_t rows, int64_t cols) {
 }
 
 // Fills `view` by one call into torch; false where torch has no such call, or where anything is not
-// just so.
+// just so. A subclass may see itself otherwise than torch does, so it is asked by attribute.
 inline bool look_at(pybind11::handle tensor, bool on_cpu, View& view) {
-  static PyObject* const plain = of_torch("Tensor");
-  static PyObject* const nn = of_torch("nn");
-  static PyObject* const parameter = forever(PyObject_GetAttrString(nn, "Parameter"));
-  static const dlpack::Look look = dlpack::look_of(plain);
+  const Torch& known = of_torch();
   auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-  if (look == nullptr || (type != plain && type != parameter)) return false;
+  if (known.look == nullptr || (type != known.tensor && type != known.parameter)) return false;
   dlpack::Tensor t;
-  if (look(tensor.ptr(), &t) != 0) {
+  if (known.look(tensor.ptr(), &t) != 0) {
     PyErr_Clear();
     return false;
   }
@@ -69,7 +75,6 @@ inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int
   if (tensor.is_none()) return {};
   if (View view; look_at(tensor, on_cpu, view) && fits(view, rows, cols)) return view;
 
-  static PyObject* const dtypes[] = {of_torch("float32"), of_torch("float16"), of_torch("bfloat16")};
   const auto known = [](PyObject* result) {
     if (result == nullptr) throw error_already_set();
     return reinterpret_steal<object>(result);
@@ -83,7 +88,7 @@ inline View view_of(const char* name, pybind11::handle tensor, int64_t rows, int
 
   const auto dtype = get("dtype");
   int code = 0;
-  while (code < 3 && dtypes[code] != dtype.ptr()) ++code;
+  while (code < 3 && of_torch().dtypes[code] != dtype.ptr()) ++code;
   if (code == 3 || get(on_cpu ? "is_cpu" : "is_cuda").ptr() != Py_True) {
     PyErr_Format(PyExc_TypeError,
                  "%s must be float32, float16 or bfloat16 on %s, but it is %S on %S", name,

@@ -54,39 +54,36 @@ struct NormedOutput {
   template <int R, typename Value>
   void write(int64_t row, int64_t n, const float* weight, const float* bias,
              float* const (&room)[R], Value value) const {
-    float *near[R], *far[R];
-    each<R>([&](auto i) { near[i] = y.near(row + i, room[i]), far[i] = y.far(row + i); });
+    Place place[R];
+    each<R>([&](auto i) { place[i] = y.place(row + i, room[i]); });
     Sum total[R];
     for_values(n, [&](auto v, int64_t j, auto chain) {
       each<R>([&](auto i) {
         const auto values = value(v, i, j);
-        put(near[i] + j, values);
-        if constexpr (std::is_same_v<decltype(v), vec>)
-          if (far[i] != nullptr) stream(far[i] + j, values);
+        place[i].keep(j, values);
         total[i].add(values, chain);
       });
     });
-    each<R>([&](auto i) { y.round(row + i, near[i]); });
+    each<R>([&](auto i) { y.round(row + i, place[i]); });
     if (!normed) return;
     RowStatistics statistics[R];
     const float* rows[R];
-    each<R>([&](auto i) { rows[i] = near[i]; });
+    each<R>([&](auto i) { rows[i] = place[i].near; });
     row_statistics(rows, n, total, eps, statistics);
     each<R>([&](auto i) {
       mean[row + i] = statistics[i].mean;
       rstd[row + i] = statistics[i].rstd;
-      near[i] = normed.near(row + i, room[i]);
-      far[i] = normed.far(row + i);
+      place[i] = normed.place(row + i, room[i]);
     });
     for_values(n, [&](auto v, int64_t j, auto) {
       using V = decltype(v);
       const V w = get<V>(weight + j), b = get<V>(bias + j);
       each<R>([&](auto i) {
         const V d = get<V>(rows[i] + j) - statistics[i].mean;
-        put_last(near[i], far[i], j, V(d * statistics[i].rstd * w + b));
+        place[i].last(j, V(d * statistics[i].rstd * w + b));
       });
     });
-    each<R>([&](auto i) { normed.end(row + i, near[i]); });
+    each<R>([&](auto i) { normed.end(row + i, place[i]); });
   }
 };
 

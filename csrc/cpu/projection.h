@@ -22,14 +22,17 @@ struct Projection {
 // Floats apart in the low-rank intermediate, whose rows are padded with zeros to whole panels.
 inline int64_t low_rank_stride(int64_t rank) { return round_up(rank, NR); }
 
-// Packs panels [begin, end) of W, or of W + scaling · up down. `room`: packing_size floats.
+// Packs panels [begin, end) of W, or of W + scaling · up down. `room`: packing_size floats, which
+// prepare_packing filled.
 inline int64_t packing_size(const Projection& p) {
   return p.merged ? slices_size(p.terms(), p.rank()) + NR * p.rank() + VL : 0;
+}
+inline void prepare_packing(const Projection& p, float* room) {
+  if (p.merged) pack_slices(p.down.transposed(), room);
 }
 inline void pack_panels(const Projection& p, int64_t begin, int64_t end, float* out, float* room) {
   const int64_t T = p.terms(), r = p.rank();
   float *down = room, *up = room + slices_size(T, r);
-  if (p.merged) pack_slices(p.down.transposed(), down);
   for (int64_t panel = begin; panel < end; ++panel, out += p.panel_size()) {
     const int64_t j = panel * NR, cols = smaller(NR, p.weight.rows - j);
     pack<NR>(p.weight, j, cols, 0, T, out);
@@ -77,6 +80,7 @@ inline void project(const Projection& p, const View& a, const float* packed, flo
   if (s != nullptr) low_rank_rows(p.down, p.scaling, rows, slices, s, panel);
   if (c == nullptr) return;
   const int64_t stride = low_rank_stride(r);
+  if (packed == nullptr) prepare_packing(p, packing);
   if (p.live()) pack_slices({s, DType::f32, rows, r, stride, 1}, s_slices);
   for (int64_t j = 0; j < N; j += NR) {
     const int64_t cols = smaller(NR, N - j);

@@ -28,7 +28,7 @@ inline int threads_for(int64_t rows, int64_t cols, int most) {
   return rows * cols < 1 << 14 ? 1 : most;
 }
 
-// The vectors of an op, in fp32, and rows of zeros.
+// The vectors of an op, in fp32, and a row of zeros.
 struct Vectors {
   const float *layer_scale, *norm_weight, *norm_bias, *zeros;
 };
@@ -72,24 +72,22 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
   float *sum_weight = sums, *sum_bias = sums + N, *sum_scale = sums + 2 * N;
   // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
   const bool normed = bool(p.grad_normed);
+  const View sum = normed ? p.sum : View(), scaled_branch = p.grad_layer_scale ? p.branch : View();
   for_rows(first, last, [&](int64_t row, auto count) {
     constexpr int R = decltype(count)::value;
     NormedRow rows[R];
     const float* branch[R];
-    float *near_h[R], *near_branch[R], *far_h[R], *far_branch[R], scale[R];
+    Place to_h[R], to_branch[R];
+    float scale[R];
     each<R>([&](auto i) {
       float* own = room + i * BACKWARD_ROOM * N;
-      const auto values = [&](bool wanted, const View& view, int which) {
-        return wanted && view ? row_values(view, row + i, own + which * N) : vectors.zeros;
-      };
-      near_h[i] = grad_h.near(row + i, own + 4 * N);
-      far_h[i] = grad_h.far(row + i);
-      near_branch[i] = grad_branch.near(row + i, own + 5 * N);
-      far_branch[i] = grad_branch.far(row + i);
+      to_h[i] = grad_h.place(row + i, own + 4 * N);
+      to_branch[i] = grad_branch.place(row + i, own + 5 * N);
       scale[i] = row_scale.at(row + i);
-      branch[i] = values(bool(p.grad_layer_scale), p.branch, 3);
-      rows[i] = {values(normed, p.sum, 0), values(true, p.grad_normed, 1),
-                 values(true, p.grad_sum, 2), branch[i], near_h[i],
+      branch[i] = values_or(scaled_branch, row + i, own + 3 * N, vectors.zeros);
+      rows[i] = {values_or(sum, row + i, own, vectors.zeros),
+                 values_or(p.grad_normed, row + i, own + N, vectors.zeros),
+                 values_or(p.grad_sum, row + i, own + 2 * N, vectors.zeros), branch[i], to_h[i].near,
                  normed ? RowStatistics{mean[row + i], rstd[row + i]} : RowStatistics{0, 0}};
     });
     // The gradient of h is that of the sum.
@@ -100,14 +98,14 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
                          each<R>([&](auto i) {
                            const V scaled = scale[i] * total[i];
                            to_scale += scaled * get<V>(branch[i] + j);
-                           put_last(near_h[i], far_h[i], j, total[i]);
-                           put_last(near_branch[i], far_branch[i], j, V(scaled * get<V>(gamma + j)));
+                           to_h[i].last(j, total[i]);
+                           to_branch[i].last(j, V(scaled * get<V>(gamma + j)));
                          });
                          put(sum_scale + j, to_scale);
                        });
     each<R>([&](auto i) {
-      grad_h.end(row + i, near_h[i]);
-      grad_branch.end(row + i, near_branch[i]);
+      grad_h.end(row + i, to_h[i]);
+      grad_branch.end(row + i, to_branch[i]);
     });
   });
 }
@@ -115,42 +113,41 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
 }  // namespace
 
 Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
-  static thread_local Scratch scale_scratch, weight_scratch, bias_scratch, rooms;
+  static thread_local Scratch scratch;
   const int64_t M = p.h.rows, N = p.h.cols;
   const int threads = threads_for(M, N, p.threads);
-  const Vectors vectors{vector_or(p.layer_scale, 1.0f, N, scale_scratch),
-                        vector_or(p.norm_weight, 1.0f, N, weight_scratch),
-                        vector_or(p.norm_bias, 0.0f, N, bias_scratch), nullptr};
   const int64_t room = FORWARD_ROOM * ROWS * N, height = ceil_div(M, threads);
-  float* rooms_of_threads = rooms.take(threads * room);
-  if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
-      vectors.norm_bias == nullptr || rooms_of_threads == nullptr)
-    return Status::out_of_memory;
+  const int64_t sizes[] = {N, N, N, threads * room};
+  Parts parts(scratch, sizes);
+  if (!parts) return Status::out_of_memory;
+  const Vectors vectors{read_or(p.layer_scale, 1.0f, N, parts.take()),
+                        read_or(p.norm_weight, 1.0f, N, parts.take()),
+                        read_or(p.norm_bias, 0.0f, N, parts.take()), nullptr};
+  float* rooms = parts.take();
   const bool large = past_caches(4 * M * N);
   const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
 #pragma omp parallel for num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
     forward_rows(p, out, vectors, thread * height, smaller(M, (thread + 1) * height),
-                 rooms_of_threads + thread * room);
+                 rooms + thread * room);
     stream_fence();
   }
   return Status::ok;
 }
 
 Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
-  static thread_local Scratch scale_scratch, weight_scratch, zero_scratch, sums, rooms;
+  static thread_local Scratch scratch;
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const int threads = threads_for(M, N, p.threads);
-  const Vectors vectors{vector_or(p.layer_scale, 1.0f, N, scale_scratch),
-                        vector_or(p.norm_weight, 1.0f, N, weight_scratch), nullptr,
-                        vector_or(View(), 0.0f, N, zero_scratch)};
   const int64_t room = BACKWARD_ROOM * ROWS * N;
-  float* partial = sums.take(block_sums_size(M, 3 * N));
-  float* rooms_of_threads = rooms.take(threads * room);
-  if (vectors.layer_scale == nullptr || vectors.norm_weight == nullptr ||
-      vectors.zeros == nullptr || partial == nullptr || rooms_of_threads == nullptr)
-    return Status::out_of_memory;
+  const int64_t sizes[] = {N, N, N, block_sums_size(M, 3 * N), threads * room};
+  Parts parts(scratch, sizes);
+  if (!parts) return Status::out_of_memory;
+  const Vectors vectors{read_or(p.layer_scale, 1.0f, N, parts.take()),
+                        read_or(p.norm_weight, 1.0f, N, parts.take()), nullptr,
+                        read_or(View(), 0.0f, N, parts.take())};
+  float *partial = parts.take(), *rooms = parts.take();
   const bool large = past_caches(6 * M * N);
   const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
   const int64_t blocks = row_blocks(M);
@@ -162,7 +159,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
       for (int64_t block = thread * blocks / threads; block < end; ++block)
         sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t first, int64_t last, float* to) {
           backward_rows(p, grad_h, grad_branch, vectors, first, last, to,
-                        rooms_of_threads + thread * room);
+                        rooms + thread * room);
         });
       stream_fence();
     }

@@ -5,18 +5,36 @@
 
 namespace snk::cpu::SNK_ISA {
 
-// A vector argument in fp32, every value `fallback` where it was not given.
-inline void read_or(const View& view, float fallback, int64_t n, float* values) {
+// Parts of one piece of scratch memory, each of which begins on a cache line.
+class Parts {
+ public:
+  template <int COUNT>
+  Parts(Scratch& scratch, const int64_t (&sizes)[COUNT]) : sizes_(sizes) {
+    int64_t total = 0;
+    for (const int64_t size : sizes) total += padded(size);
+    next_ = scratch.take(total);
+  }
+  // False without memory; the parts are then null.
+  explicit operator bool() const { return next_ != nullptr; }
+  float* take() {
+    if (next_ == nullptr) return nullptr;
+    float* part = next_;
+    next_ += padded(*sizes_++);
+    return part;
+  }
+  static int64_t padded(int64_t n) { return round_up(n, 16); }
+
+ private:
+  const int64_t* sizes_;
+  float* next_;
+};
+
+// A vector argument in fp32, every value `fallback` where it was not given; gives `values`.
+inline const float* read_or(const View& view, float fallback, int64_t n, float* values) {
   if (view)
     read_row(view, 0, values);
   else
     for (int64_t j = 0; j < n; ++j) values[j] = fallback;
-}
-
-// The same in scratch memory; null without memory.
-inline const float* vector_or(const View& view, float fallback, int64_t n, Scratch& scratch) {
-  float* values = scratch.take(n);
-  if (values != nullptr) read_or(view, fallback, n, values);
   return values;
 }
 
@@ -30,9 +48,46 @@ inline const float* row_values(const View& view, int64_t row, float* room) {
   return room;
 }
 
+// The same, or `zeros` where there is no view.
+inline const float* values_or(const View& view, int64_t row, float* room, const float* zeros) {
+  return view ? row_values(view, row, room) : zeros;
+}
+
 // Whether what an op reads and writes, so many values, is more than caches keep until the next op
 // comes. Its outputs then go past them: there is nothing to be kept, and less to be read.
 inline bool past_caches(int64_t values) { return values >= 3 << 20; }
+
+// A vector or, for what is left of a row, one value.
+template <typename V>
+inline V get(const float* p) {
+  if constexpr (std::is_same_v<V, vec>)
+    return load(p);
+  else
+    return *p;
+}
+inline void put(float* p, vec v) { store(p, v); }
+inline void put(float* p, float v) { *p = v; }
+
+// A row of an output while it is worked on: where its values are kept, and where they are streamed to,
+// or null.
+struct Place {
+  float *near, *far;
+
+  // A value that is looked at again.
+  template <typename V>
+  void keep(int64_t j, V v) const {
+    put(near + j, v);
+    if constexpr (std::is_same_v<V, vec>)
+      if (far != nullptr) stream(far + j, v);
+  }
+  // A value that is not: it is kept only where it is not streamed.
+  template <typename V>
+  void last(int64_t j, V v) const {
+    if constexpr (std::is_same_v<V, vec>)
+      if (far != nullptr) return stream(far + j, v);
+    put(near + j, v);
+  }
+};
 
 // An output whose rows are computed in their place or, if they are to be rounded or to go past the
 // caches, elsewhere.
@@ -42,19 +97,19 @@ class Target {
       : view_(view), in_place_(in_place(view)), streams_(in_place_ && large && aligned(view)) {}
 
   explicit operator bool() const { return bool(view_); }
-  // Where the values of a row are kept while it is worked on: in their place, or in `room`.
-  float* near(int64_t row, float* room) const {
-    return view_ && in_place_ && !streams_ ? at(row) : room;
+  // Where a row is worked on: in its place, or in `room`, as where there is no view.
+  Place place(int64_t row, float* room) const {
+    if (!in_place_) return {room, nullptr};
+    return streams_ ? Place{room, at(row)} : Place{at(row), nullptr};
   }
-  // Where each is to be streamed once it is known, or null.
-  float* far(int64_t row) const { return view_ && streams_ ? at(row) : nullptr; }
   // Ends a row that was worked on there.
-  void end(int64_t row, const float* values) const {
-    if (view_ && !in_place_) write_row(view_, row, values);
+  void end(int64_t row, Place place) const {
+    if (view_ && !in_place_) write_row(view_, row, place.near);
   }
   // The same, and what is kept of it becomes what was written: what follows then belongs to that.
-  void round(int64_t row, float* values) const {
-    if (view_ && !in_place_) write_row_rounding(view_, row, values);
+  void round(int64_t row, Place place) const {
+    end(row, place);
+    if (view_.dtype != DType::f32) read_row(view_, row, place.near);
   }
   // Writes a row that was made elsewhere.
   void write(int64_t row, const float* values) const {
@@ -76,25 +131,6 @@ class Target {
   const View& view_;
   bool in_place_, streams_;
 };
-
-// A vector or, for what is left of a row, one value.
-template <typename V>
-inline V get(const float* p) {
-  if constexpr (std::is_same_v<V, vec>)
-    return load(p);
-  else
-    return *p;
-}
-inline void put(float* p, vec v) { store(p, v); }
-inline void put(float* p, float v) { *p = v; }
-
-// A value that is not looked at again: past the caches where that is not null, or else near.
-template <typename V>
-inline void put_last(float* near, float* far, int64_t j, V v) {
-  if constexpr (std::is_same_v<V, vec>)
-    if (far != nullptr) return stream(far + j, v);
-  put(near + j, v);
-}
 
 constexpr int CHAINS = 2;  // sums of a row in flight, beside those of the row that goes with it
 

@@ -55,30 +55,6 @@ class Tasks {
   int64_t size_ = 0, room_ = 0;
 };
 
-// Parts of one piece of scratch memory, each of which begins on a cache line.
-class Parts {
- public:
-  template <int COUNT>
-  Parts(Scratch& scratch, const int64_t (&sizes)[COUNT]) : sizes_(sizes) {
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += padded(size);
-    next_ = scratch.take(total);
-  }
-  // False without memory; the parts are then null.
-  explicit operator bool() const { return next_ != nullptr; }
-  float* take() {
-    if (next_ == nullptr) return nullptr;
-    float* part = next_;
-    next_ += padded(*sizes_++);
-    return part;
-  }
-  static int64_t padded(int64_t n) { return round_up(n, 16); }
-
- private:
-  const int64_t* sizes_;
-  float* next_;
-};
-
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Into how many bands a group's rows are cut. One that is no more than a thread's fair share is a
@@ -145,6 +121,7 @@ class Plan {
   void pack(const Task& task, float* room) const {
     const Entry& entry = entries_[task.group];
     const Projection& p = entry.projection;
+    prepare_packing(p, room);
     pack_panels(p, task.begin, task.end, packed_ + entry.packed + task.begin * p.panel_size(), room);
   }
   // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
@@ -328,11 +305,9 @@ Status stitch_backward(const StitchBackward& p) {
         float *sum_weight = sum_bias + N, *sum_norm_bias = sum_weight + N;
         for_rows(group.first + begin, group.first + end, [&](int64_t row, auto count) {
           constexpr int R = decltype(count)::value;
-          const auto values = [&](const View& view, int64_t k, int which) {
-            return view ? row_values(view, row + k, room_rows + (3 * k + which) * N) : zeros;
-          };
+          const auto own = [&](int k, int which) { return room_rows + (3 * k + which) * N; };
           const float* direct[R];
-          for (int k = 0; k < R; ++k) direct[k] = values(p.grad_y, k, 2);
+          for (int k = 0; k < R; ++k) direct[k] = values_or(p.grad_y, row + k, own(k, 2), zeros);
           if (!norm) {
             for_values(N, [&](auto v, int64_t j, auto) {
               using V = decltype(v);
@@ -344,7 +319,8 @@ Status stitch_backward(const StitchBackward& p) {
           }
           NormedRow rows[R];
           for (int k = 0; k < R; ++k)
-            rows[k] = {values(p.y, k, 0), values(p.grad_normed, k, 1), direct[k], zeros,
+            rows[k] = {row_values(p.y, row + k, own(k, 0)),
+                       row_values(p.grad_normed, row + k, own(k, 1)), direct[k], zeros,
                        grad_y + (row + k) * N, {mean[row + k], rstd[row + k]}};
           normalize_backward(rows, N, norm_weight, sum_weight, sum_norm_bias,
                              [&](auto v, const auto& total, int64_t j) {

@@ -168,12 +168,6 @@ inline void write_row(const View& view, int64_t row, const float* in) {
   });
 }
 
-// The same, and `values` become what was written: what follows then belongs to the rounded row.
-inline void write_row_rounding(const View& view, int64_t row, float* values) {
-  write_row(view, row, values);
-  if (view.dtype != DType::f32) read_row(view, row, values);
-}
-
 // Scratch memory of one thread. It is kept between calls, because touching fresh pages costs up to
 // 40 % of a small op, but not when it has grown past `kept` bytes.
 class Scratch {

@@ -188,6 +188,34 @@ def test_compiled_code_meets_bad_offsets_when_it_runs() -> None:
                     compiled(X, torch.tensor(offsets), GROUPS)
 
 
+def test_the_library_op_meets_groups_that_do_not_fit() -> None:
+    tensors = [W, None, None, None, None, None] * 2
+    for name in OFFERED["multi_stitch"]:
+        if obstacle(name, "cpu", X.dtype):
+            continue
+
+        def forward(offsets: list[int], tensors: list[Tensor | None]) -> None:
+            operands = X, torch.tensor(offsets), tensors, [1.0, 1.0]
+            torch.ops.snkernels.multi_stitch(*operands, 4, True, EPS)
+
+        def backward(offsets: list[int], tensors: list[Tensor | None]) -> None:
+            y, rows = torch.randn(5, 4), torch.ones(5)
+            operands = X, torch.tensor(offsets), tensors, [1.0, 1.0], y, rows, rows
+            torch.ops.snkernels.multi_stitch_backward(
+                y, y, *operands, [t is not None for t in (X, *tensors)]
+            )
+
+        for function in (forward, backward):
+            with use_backend(name):
+                function([0, 2, 5], tensors)
+                with pytest.raises(ValueError, match=r"tensors must hold 6 .* 2 groups.* are 11"):
+                    function([0, 2, 5], tensors[:-1])
+                for offsets in ([0, 5], [0, 2, 3, 5], [0]):
+                    message = rf"group_offsets must have shape \(3,\).*\({len(offsets)},\)"
+                    with pytest.raises(ValueError, match=message):
+                        function(offsets, tensors)
+
+
 def test_offsets_as_integers_and_as_a_tensor(normalize: bool, backend: str) -> None:
     sizes = SIZES["with empty ones"]
     tensors = make_groups(sizes, normalize, torch.float32)

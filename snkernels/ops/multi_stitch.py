@@ -78,6 +78,15 @@ def _fake_backward(
     return empty_grads((x, *tensors), needs)
 
 
+def _check_count(shape: tuple[int, ...], groups: int) -> None:
+    """Raises unless offsets of that shape are one more than groups."""
+    if shape != (groups + 1,):
+        raise ValueError(
+            f"group_offsets must have shape ({groups + 1},) for {groups} groups, "
+            f"but they have {shape}"
+        )
+
+
 def _check_rising(offsets: Sequence[int], rows: int) -> None:
     """Raises unless offsets rise from 0 to the number of rows."""
     if offsets[0] != 0 or offsets[-1] != rows or sorted(offsets) != list(offsets):
@@ -90,12 +99,20 @@ def _located(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
     """Hands a backend one argument for both kinds of offsets: a list where the host knows them.
 
     A list was checked before the op was called. A tensor in CPU memory is compiled code's, and
-    nobody has looked at it. x is argument number ``x_at``, and the offsets come after it.
+    nobody has looked at it. x is argument number ``x_at``; offsets, tensors and scalings follow it.
     """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
         *before, x, offsets, known = arguments[: x_at + 3]
+        tensors, scalings = arguments[x_at + 3 : x_at + 5]
+        groups = len(scalings)
+        if len(tensors) != TENSORS * groups:
+            raise ValueError(
+                f"tensors must hold {TENSORS} for each of {groups} groups, "
+                f"but they are {len(tensors)}"
+            )
+        _check_count(tuple(offsets.shape) if known is None else (len(known),), groups)
         if known is None and offsets.is_cpu:
             known = offsets.tolist()
             _check_rising(known, x.shape[0])
@@ -332,7 +349,6 @@ def _where_rows_are(
 
     Where the host can tell, only of groups with rows. Compiled code has them as a tensor.
     """
-    size = len(groups) + 1
     if isinstance(group_offsets, Tensor):
         if group_offsets.dtype != torch.int64:
             raise TypeError(f"group_offsets must be int64, but they are {group_offsets.dtype}")
@@ -348,10 +364,7 @@ def _where_rows_are(
                 f"group_offsets must be an int64 tensor or integers, but are {group_offsets!r}"
             )
         shape = (len(group_offsets),)
-    if shape != (size,):
-        raise ValueError(
-            f"group_offsets must have shape ({size},) for {size - 1} groups, but they have {shape}"
-        )
+    _check_count(shape, len(groups))
     compiling = torch.compiler.is_compiling()
     if not isinstance(group_offsets, Tensor):
         known = list(group_offsets) if compiling else [int(offset) for offset in group_offsets]
