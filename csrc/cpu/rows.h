@@ -5,7 +5,8 @@
 
 namespace snk::cpu::SNK_ISA {
 
-// Parts of one piece of scratch memory, each of which begins on a cache line.
+// Parts of one piece of scratch memory, each of which begins on a cache line. They are a line longer
+// than needed: a power of two apart, all would fall into one set of the L1 cache.
 class Parts {
  public:
   template <int COUNT>
@@ -22,7 +23,7 @@ class Parts {
     next_ += padded(*sizes_++);
     return part;
   }
-  static int64_t padded(int64_t n) { return round_up(n, 16); }
+  static int64_t padded(int64_t n) { return round_up(n, 16) + 16; }
 
  private:
   const int64_t* sizes_;

@@ -195,12 +195,12 @@ def test_the_library_op_meets_groups_that_do_not_fit() -> None:
             continue
 
         def forward(offsets: list[int], tensors: list[Tensor | None]) -> None:
-            operands = X, torch.tensor(offsets), tensors, [1.0, 1.0]
+            operands = X, torch.tensor(offsets), None, tensors, [1.0, 1.0]
             torch.ops.snkernels.multi_stitch(*operands, 4, True, EPS)
 
         def backward(offsets: list[int], tensors: list[Tensor | None]) -> None:
             y, rows = torch.randn(5, 4), torch.ones(5)
-            operands = X, torch.tensor(offsets), tensors, [1.0, 1.0], y, rows, rows
+            operands = X, torch.tensor(offsets), None, tensors, [1.0, 1.0], y, rows, rows
             torch.ops.snkernels.multi_stitch_backward(
                 y, y, *operands, [t is not None for t in (X, *tensors)]
             )
