@@ -25,20 +25,37 @@ NAMES = ("weight", "bias", "lora_A", "lora_B", "norm_weight", "norm_bias")
     ids=str,
 )
 def test_offsets_that_nobody_checked_stay_within_the_rows(offsets: list[int]) -> None:
-    """As they may be in a GPU's memory. Rows beyond those of x are NaN, which would show."""
+    """As they may be in a GPU's memory. NaN rows before and after all matrices would show.
+
+    Offsets that rise once they are brought into the rows have the gradients of those.
+    """
     t = make(STITCHES["stitch_layer_norm"], SHAPE, torch.float32)
-    guarded = torch.full((3 * SHAPE.M, SHAPE.K), float("nan"))
-    x = guarded[SHAPE.M : 2 * SHAPE.M].copy_(t["x"])
+    x, grad = _among_nan(t["x"]), _among_nan(torch.randn(SHAPE.M, SHAPE.N))
     tensors = [t[name] for name in NAMES] * 3
-    arguments = (x, torch.tensor(offsets), tensors, [1.0] * 3)
-    y, _, mean, rstd = multi_stitch_forward(*arguments, SHAPE.N, True, EPS)
-    grad = torch.randn(SHAPE.M, SHAPE.N)
-    grads = multi_stitch_backward(grad, grad, *arguments, y, mean, rstd, [True] * 19)
+
+    def forward_and_backward(offsets: list[int]) -> tuple[Tensor, list[Tensor]]:
+        arguments = (x, torch.tensor(offsets), tensors, [1.0] * 3)
+        y, _, mean, rstd = multi_stitch_forward(*arguments, SHAPE.N, True, EPS)
+        saved = map(_among_nan, (y, mean, rstd))
+        return y, multi_stitch_backward(grad, grad, *arguments, *saved, [True] * 19)
+
+    y, (grad_x, *grads) = forward_and_backward(offsets)
     written = [row for row in range(SHAPE.M) if any(a <= row < b for a, b in _pairs(offsets))]
-    good = y[written]
     exact = (t["x"] @ (t["weight"] + t["lora_B"] @ t["lora_A"]).t() + t["bias"])[written]
-    torch.testing.assert_close(good, exact, rtol=1e-4, atol=1e-4)
-    assert [g.shape for g in grads] == [x.shape, *(p.shape for p in tensors)]
+    torch.testing.assert_close(y[written], exact, rtol=1e-4, atol=1e-4)
+    assert grad_x[written].isfinite().all()
+    assert [g.shape for g in grads] == [p.shape for p in tensors]
+    within = [min(max(offset, 0), SHAPE.M) for offset in offsets]
+    if within == sorted(within):
+        for g, meant in zip(grads, forward_and_backward(within)[1][1:], strict=True):
+            assert g.isfinite().all()
+            assert torch.equal(g, meant)
+
+
+def _among_nan(rows: Tensor) -> Tensor:
+    """The same rows in memory that holds as many before and after them."""
+    before_and_after = torch.full_like(rows, float("nan"))
+    return torch.cat((before_and_after, rows, before_and_after))[len(rows) : 2 * len(rows)]
 
 
 def _pairs(offsets: list[int]) -> list[tuple[int, int]]:
