@@ -15,6 +15,7 @@ namespace py = pybind11;
 #ifdef SNK_WITH_CUDA
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "cuda/kernels.h"
@@ -261,6 +262,14 @@ void bind_cuda(py::module_& m) {
                                    groups.data(), int(groups.size()), eps, y, normed, mean, rstd,
                                    device, reinterpret_cast<void*>(stream)});
         });
+  m.def("cuda_sm90_kernel_for",
+        [](int64_t cols, int64_t rank) -> std::optional<std::tuple<int, int, int>> {
+          const auto kernel = sm90_kernel_for(cols, rank);
+          if (!kernel) return std::nullopt;
+          return std::tuple(kernel->width, kernel->rank, kernel->shared);
+        },
+        "(slice width, padded rank, bytes of shared memory) of the kernel that would be launched; "
+        "None if there is none.");
 }
 #endif
 

@@ -2,6 +2,8 @@
 // on the given stream of the given device and never synchronise.
 #pragma once
 
+#include <optional>
+
 #include "view.h"
 
 namespace snk::cuda {
@@ -42,6 +44,15 @@ struct StitchLayerNorm {
   void* stream;
 };
 int stitch_layer_norm_sm90(const StitchLayerNorm&);
+
+// The kernel that it launches for so many columns and such a rank, the highest of all groups: the
+// columns of a CTA, the rank it is built for, and the bytes of shared memory that each CTA asks for
+// at launch, which nothing else tells on a machine without a GPU. None takes a higher rank or more
+// columns.
+struct Sm90Kernel {
+  int width, rank, shared;
+};
+std::optional<Sm90Kernel> sm90_kernel_for(int64_t cols, int64_t rank);
 
 int device_count();
 const char* error_string(int error);

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -109,22 +110,31 @@ cudaError_t launch_groups(const StitchLayerNorm& p) {
   return error;
 }
 
-template <typename T, int WIDTH>
-cudaError_t launch_for_rank(const StitchLayerNorm& p) {
-  int64_t rank = 0;
-  for (int i = 0; i < p.groups; ++i)
-    if (p.stitches[i].lora_A.rows > rank) rank = p.stitches[i].lora_A.rows;
-  if (rank == 0) return launch_groups<T, WIDTH, 0>(p);
-  if (rank <= 16) return launch_groups<T, WIDTH, 16>(p);
-  if (rank <= 64) return launch_groups<T, WIDTH, 64>(p);
+// Calls `take` with the slice width and the padded rank of the kernel for so many columns and such a
+// rank, as constants.
+template <int WIDTH, typename Take>
+cudaError_t for_rank(int64_t rank, const Take& take) {
+  using Width = std::integral_constant<int, WIDTH>;
+  if (rank == 0) return take(Width(), std::integral_constant<int, 0>());
+  if (rank <= 16) return take(Width(), std::integral_constant<int, 16>());
+  if (rank <= 64) return take(Width(), std::integral_constant<int, 64>());
   return cudaErrorInvalidValue;
 }
 
+template <typename Take>
+cudaError_t for_shape(int64_t cols, int64_t rank, const Take& take) {
+  if (cols > MAX_SLICES * MAX_WIDTH) return cudaErrorInvalidValue;
+  return slice_width(int(cols)) == 192 ? for_rank<192>(rank, take) : for_rank<MAX_WIDTH>(rank, take);
+}
+
 template <typename T>
-cudaError_t launch_for_width(const StitchLayerNorm& p) {
-  if (p.y.cols > MAX_SLICES * MAX_WIDTH) return cudaErrorInvalidValue;
-  return slice_width(int(p.y.cols)) == 192 ? launch_for_rank<T, 192>(p)
-                                           : launch_for_rank<T, MAX_WIDTH>(p);
+cudaError_t launch_for_shape(const StitchLayerNorm& p) {
+  int64_t rank = 0;
+  for (int i = 0; i < p.groups; ++i)
+    if (p.stitches[i].lora_A.rows > rank) rank = p.stitches[i].lora_A.rows;
+  return for_shape(p.y.cols, rank, [&](auto width, auto padded) {
+    return launch_groups<T, decltype(width)::value, decltype(padded)::value>(p);
+  });
 }
 
 }  // namespace
@@ -133,11 +143,20 @@ int stitch_layer_norm_sm90(const StitchLayerNorm& p) {
   if (p.y.rows == 0 || p.y.cols == 0) return cudaSuccess;
   return on_device(p.device, [&] {
     switch (p.x.dtype) {
-      case DType::f16: return launch_for_width<__half>(p);
-      case DType::bf16: return launch_for_width<__nv_bfloat16>(p);
+      case DType::f16: return launch_for_shape<__half>(p);
+      case DType::bf16: return launch_for_shape<__nv_bfloat16>(p);
       default: return cudaErrorInvalidValue;
     }
   });
+}
+
+std::optional<Sm90Kernel> sm90_kernel_for(int64_t cols, int64_t rank) {
+  Sm90Kernel kernel{};
+  const cudaError_t error = for_shape(cols, rank, [&](auto width, auto padded) {
+    kernel = {width, padded, Shared<decltype(width)::value, decltype(padded)::value>::BYTES};
+    return cudaSuccess;
+  });
+  return error == cudaSuccess ? std::optional(kernel) : std::nullopt;
 }
 
 }  // namespace snk::cuda

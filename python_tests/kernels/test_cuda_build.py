@@ -23,7 +23,7 @@ def test_resources() -> None:
     assert all(name.startswith("sm_90a ") for name in hopper)
     for name, used in kernels.items():
         assert used.stack == 0, name
-        # Its own 227 KB are asked for at launch; static_asserts keep to the limit.
+        # What it asks for at launch is not in the module: see test_report.
         assert used.shared == 0 or name not in hopper, name
         assert used.shared <= 1024, name
         if name in hopper:
@@ -52,3 +52,41 @@ def test_hopper_instructions() -> None:
         assert not re.search(r"\b(?:LDL|STL)\b", code), name
         # A product that waits for itself is one that the compiler serialised.
         assert code.count("WARPGROUP.DEPBAR") == (2 if rank else 1), name
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for at launch counts; each kernel has the floors of the shapes that run it."""
+    report = pytest.importorskip("snkernels.kernels.report")
+    chosen = [
+        name.split()[1]
+        for name in disassembly.resources()
+        if re.search(HOPPER_KERNEL + r"I13__nv_bfloat16Li(192|256)ELi(0|64)ELi(1|32)E", name)
+        or re.search(r"bias_layer_norm_kernelI(f|6__half)Li32E", name)
+    ]
+    instructions = disassembly.instructions
+    monkeypatch.setattr(disassembly, "instructions", lambda: instructions(chosen))
+    shapes = [report.Shape(384, 1024, 64), report.Shape(1024, 384, 64), report.Shape(384, 768, 128)]
+    builds = report.cuda_builds([90], shapes)
+    found = {(b.kernel, b.dtype, *b.options["template"]): b for b in builds}
+    assert len(found) == len(builds) == 10
+
+    one, many = (found[HOPPER_KERNEL, "bf16", 256, 64, groups] for groups in (1, 32))
+    # Three stages of 128 rows of x, 256 of W and 64 of A, 128 bytes each. Two sets of the mean and
+    # M2 of 128 rows in 8 slices, three vectors, and barriers: 16 and twice 4.
+    rest = 2 * 8 * 128 * 8 + 3 * 256 * 4 + (16 + 8) * 8
+    assert one.shared == many.shared == 3 * (128 + 256 + 64) * 128 + rest
+    assert one.ctas_per_sm == 1
+    assert not report.faults(one)
+    rows, parameters = report.ROWS, 1024 * 384 + 64 * (384 + 1024) + 3 * 1024
+    for build, groups in ((one, 1), (many, report.GROUPS)):
+        (launched,) = build.launches
+        assert launched.shape == "384→1024 r64"
+        assert launched.bytes == 2 * (rows * (384 + 2 * 1024) + groups * parameters) + 8 * rows
+        assert launched.flops == 2 * rows * (1024 * 384 + 64 * (384 + 1024))
+        assert launched.floor_us == round(launched.bytes / 3.35e12 * 1e6, 2)
+    assert found[HOPPER_KERNEL, "bf16", 192, 64, 1].launches[0].shape == "1024→384 r64"
+    assert not found[HOPPER_KERNEL, "bf16", 256, 0, 1].launches
+    norm = found["bias_layer_norm_kernel", "fp32", 32]
+    assert norm.shared == 0
+    assert [launched.shape for launched in norm.launches] == ["1024", "768"]
+    assert norm.launches[0].bytes == 4 * (3 * rows * 1024 + 3 * 1024) + 8 * rows

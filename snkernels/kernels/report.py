@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from snkernels.kernels import disassembly
+from snkernels.kernels import disassembly, native
 from snkernels.kernels.triton import (
     configs,
     launch,
@@ -208,7 +208,6 @@ MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "_row_kernel": _projected,
     "_row_groups_kernel": _projected,
     "_outer_kernel": lambda a: a["M"] * a["P"] * a["Q"],
-    "_outer_groups_kernel": lambda a: a["M"] * a["P"] * a["Q"],
 }
 
 GROUPS = 8
@@ -367,17 +366,22 @@ def _tensor(dtype: torch.dtype, *sizes: int) -> Tensor:
 
 def _launch(kernel: Any, args: Sequence[Any], shape: str, arch: int, dtype: str) -> Launch:
     """What one launch must move and compute, from its arguments."""
-    name, chip = kernel.fn.__name__, CHIPS[arch]
-    named = dict(zip(kernel.arg_names, args, strict=False))
+    name, named = kernel.fn.__name__, dict(zip(kernel.arg_names, args, strict=False))
     moved = sum(_bytes(value, named.get("groups", 1)) for value in args)
     count = MULTIPLY_ADDS.get(name)
-    flops = 0 if count is None else 2 * count(named)
+    sizes = {key: n for key, n in named.items() if key in ("M", "N", "K", "R", "P", "Q", "groups")}
+    return _bounded(shape, sizes, moved, 0 if count is None else 2 * count(named), arch, dtype)
+
+
+def _bounded(
+    shape: str, sizes: dict[str, int], moved: int, flops: int, arch: int, dtype: str
+) -> Launch:
+    chip = CHIPS[arch]
     times = {
         "bytes": moved / chip.bandwidth,
         "FLOPs": flops / chip.flops[DTYPES[dtype].products],
     }
     bound = max(times, key=lambda kind: times[kind])
-    sizes = {key: n for key, n in named.items() if key in ("M", "N", "K", "R", "P", "Q", "groups")}
     return Launch(shape, sizes, moved, flops, round(times[bound] * 1e6, 2), bound)
 
 
@@ -425,25 +429,29 @@ def _found(pattern: str, log: str) -> str:
     return match[1]
 
 
+# The kernels of the compiled module. In the second a warp holds a row.
+_SM90, _LAYER_NORM, _LANES = "stitch_layer_norm_sm90_kernel", "bias_layer_norm_kernel", 32
 # What stands for half-precision dtypes in mangled names.
 _MANGLED = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
 
 
-def cuda_builds(arches: Iterable[int]) -> list[Build]:
+def cuda_builds(arches: Iterable[int], shapes: Sequence[Shape]) -> list[Build]:
     """Those CUDA kernels of the compiled module that were built for these architectures.
 
-    Their shared memory and CTAs leave out what is asked for at launch, which the module does not
-    say; local memory counts as spilled.
+    Their launches are those for these shapes; local memory counts as spilled.
     """
     resources = disassembly.resources()
+    names = {name: _demangled(name.split()[1]) for name in resources}
+    widths = {_LANES * own[0] for kernel, own in names.values() if kernel == _LAYER_NORM}
     found = []
     for name, code in disassembly.instructions().items():
         architecture, mangled = name.split()
         arch, used = int(re.findall(r"\d+", architecture)[0]), resources[name]
         if arch not in arches:
             continue
-        kernel, arguments = _demangled(mangled)
+        kernel, arguments = names[name]
         dtype = next((d for part, d in _MANGLED.items() if part in mangled), "fp32")
+        shared = used.shared + _asked_for_at_launch(kernel, arguments)
         wgmma = code.count("HGMMA")
         found.append(
             Build(
@@ -453,7 +461,7 @@ def cuda_builds(arches: Iterable[int]) -> list[Build]:
                 options={"template": arguments, "num_warps": used.threads // 32},
                 registers=used.registers,
                 spilled=used.stack,
-                shared=used.shared,
+                shared=shared,
                 wgmma=wgmma,
                 mma_sync=len(re.findall(r"\bHMMA", code)),
                 tcgen05=code.count("UTCHMMA"),
@@ -461,12 +469,60 @@ def cuda_builds(arches: Iterable[int]) -> list[Build]:
                 # Serialised, each product is waited for by itself.
                 serialised=0 < wgmma == code.count("WARPGROUP.DEPBAR"),
                 narrow_addresses=0,
-                ctas_per_sm=CHIPS[arch].ctas_per_sm(
-                    used.threads // 32, used.registers, used.shared
-                ),
-                multiplies="_sm90" in kernel,
+                ctas_per_sm=CHIPS[arch].ctas_per_sm(used.threads // 32, used.registers, shared),
+                multiplies=kernel == _SM90,
+                launches=_cuda_launches(kernel, arguments, arch, dtype, shapes, widths),
             )
         )
+    return found
+
+
+def _sm90(cols: int, rank: int) -> tuple[int, int, int]:
+    """(slice width, padded rank, dynamic shared memory) of the kernel for these; zeros for none."""
+    return native._C.cuda_sm90_kernel_for(cols, rank) or (0, 0, 0)
+
+
+def _asked_for_at_launch(kernel: str, arguments: Sequence[int]) -> int:
+    """Bytes of dynamic shared memory."""
+    if kernel != _SM90:
+        return 0
+    *chosen, shared = _sm90(*arguments[:2])
+    assert chosen == arguments[:2], f"{chosen} is launched in place of {arguments[:2]}"
+    return shared
+
+
+def _cuda_launches(
+    kernel: str,
+    arguments: Sequence[int],
+    arch: int,
+    dtype: str,
+    shapes: Sequence[Shape],
+    widths: Iterable[int],
+) -> list[Launch]:
+    """The launches of a kernel for those shapes that run it.
+
+    ``widths``: of the widest rows that each of the LayerNorm kernels takes.
+    """
+    numbers = DTYPES[dtype]
+    found: list[Launch] = []
+    for shape in shapes:
+        k, n, r = shape.in_features, shape.out_features, shape.rank
+        parameters, flops = _parameters(shape, numbers), 0
+        if kernel == _SM90 and _sm90(n, r)[:2] == tuple(arguments[:2]):
+            groups = GROUPS if arguments[2] > 1 else 1
+            inputs = [_tensor(numbers.tokens, ROWS, k), *parameters * groups]
+            label, sizes = str(shape), {"M": ROWS, "N": n, "K": k, "R": r, "groups": groups}
+            flops = 2 * ROWS * (n * k + r * (n + k))
+        elif kernel == _LAYER_NORM and _LANES * arguments[0] == min(w for w in widths if w >= n):
+            inputs = [_tensor(numbers.tokens, ROWS, n), parameters[1], *parameters[4:]]
+            label, sizes = str(n), {"M": ROWS, "N": n}
+        else:
+            continue
+        outputs = [_tensor(numbers.tokens, ROWS, n)] * 2 + [_tensor(torch.float32, ROWS)] * 2
+        moved = sum(_bytes(tensor, 1) for tensor in (*inputs, *outputs))
+        launched = _bounded(label, sizes, moved, flops, arch, dtype)
+        if launched not in found:
+            found.append(launched)
     return found
 
 
@@ -547,7 +603,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [build for _ in progress_bar(tasks, "compiling") for build in next(parts)]
     note = "left out" if arguments.no_cuda else disassembly.obstacle()
     if note is None:
-        rows += cuda_builds(arguments.arch)
+        rows += cuda_builds(arguments.arch, shapes)
     print(table(rows))
     for arch in arguments.arch:
         chip = CHIPS[arch]
