@@ -354,7 +354,7 @@ def _sum_rows(dtype: torch.dtype, rows: int, n: int) -> Case:
         f"M{rows} N{n}, 128 chunks",
         configs.sum_rows(),
         lambda: _all_in(dtype, {"matrix": torch.randn(rows // 128 * 128, n)}),
-        lambda t: [sum_rows(t["matrix"], 128, t["matrix"].dtype)],
+        lambda t: [sum_rows(t["matrix"], rows // 128, t["matrix"].dtype)],
         lambda t: [t["matrix"].unflatten(0, (128, -1)).sum(1)],
     )
 

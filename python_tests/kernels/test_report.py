@@ -43,13 +43,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 KERNELS = {
     f"_{name}_kernel"
     for name in (
-        "sum_chunks",
-        "layer_norm_groups",
-        "layer_norm_groups_backward",
         "normalize",
         "normalize_backward",
         "outer",
-        "outer_groups",
         "project",
         "project_groups",
         "row",

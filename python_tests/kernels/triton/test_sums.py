@@ -6,16 +6,15 @@ from snkernels.kernels.triton.sums import column_sums, sum_rows
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "chunks"), [(1, 1, 1), (5, 3, 16), (100, 130, 3), (67, 5, 2), (0, 4, 1)]
+    ("rows", "width", "chunk"), [(1, 1, 1), (5, 3, 1), (100, 130, 34), (67, 5, 40), (0, 4, 0)]
 )
-def test_sums_of_chunks(rows: int, width: int, chunks: int) -> None:
-    """Chunks are equal but for the last ones, which are shorter or empty."""
+def test_sums_of_chunks(rows: int, width: int, chunk: int) -> None:
+    """The last chunk has fewer rows, and the only one of no rows has none."""
     matrix = torch.randn(rows, width)
-    per_chunk = -(-rows // chunks)
-    sums = sum_rows(matrix, chunks, torch.float32)
-    assert sums.shape == (chunks, width)
-    for i in range(chunks):
-        part = matrix[i * per_chunk : (i + 1) * per_chunk]
+    sums = sum_rows(matrix, chunk, torch.float32)
+    parts = matrix.split(chunk)
+    assert sums.shape == (len(parts), width)
+    for i, part in enumerate(parts):
         assert_as_exact_as_torch(str(i), sums[i], part.sum(0), part.double().sum(0))
 
 

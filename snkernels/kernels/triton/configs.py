@@ -120,8 +120,8 @@ def normalize_rows_backward(features: int) -> Config:
     return {**_rows(features, 8, 8), "CTAS_PER_SM": 2}
 
 
-def chunks(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> tuple[int, int]:
-    """(rows in a chunk, chunks) for a kernel in which each CTA goes through one chunk of rows.
+def chunk(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> int:
+    """The rows in a chunk, for a kernel in which each CTA goes through one chunk of them.
 
     As many CTAs as run at once: more would add partial sums, and fewer leave SMs idle. Without a
     GPU, as on an H100.
@@ -129,8 +129,7 @@ def chunks(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> t
     processors = 132
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    chunk = -(-rows // (processors * ctas_per_sm * block_m)) * block_m or block_m
-    return chunk, max(1, -(-rows // chunk))
+    return -(-rows // (processors * ctas_per_sm * block_m)) * block_m or block_m
 
 
 def _rows(features: int, warps: int, per_thread: int) -> Config:

@@ -69,6 +69,15 @@ def find(p_offsets, groups, M, tile, size):
 
 
 @triton.jit
+def rows_of(p_offsets, groups, M, tile, size):
+    """Makes what :func:`find` does; without offsets, of one group of all rows. tile is int64."""
+    if p_offsets is None:
+        return tl.cast(0, tl.int64), tile * size, tl.cast(M, tl.int64)
+    else:
+        return find(p_offsets, groups, M, tile, size)
+
+
+@triton.jit
 def lacks(parameter, group):
     """Whether a group has no such parameter, while others have."""
     return tl.load(parameter.table + group) == 0
@@ -126,6 +135,16 @@ class Groups:
     def tiles(self, size: int) -> int:
         """How many tiles of ``size`` rows are enough for the groups, wherever they begin."""
         return self.rows // size + self.count
+
+
+def in_chunks(rows: int, size: int, groups: Groups | None) -> tuple[int, Tensor | None, int]:
+    """How many chunks of ``size`` rows there are, and what :func:`rows_of` finds them by.
+
+    Without groups there is one chunk at least, and none is empty unless there are no rows.
+    """
+    if groups is None:
+        return max(1, -(-rows // max(1, size))), None, 1
+    return groups.tiles(size), groups.offsets, groups.count
 
 
 def _fill_in(role: list[Tensor | None], value: float, features: int) -> None:

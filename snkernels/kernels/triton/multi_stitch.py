@@ -1,7 +1,8 @@
 """``multi_stitch`` and ``multi_stitch_layer_norm`` in Triton: a stitch for each group of rows.
 
-The kernels are those of the single stitch, whose bodies they share, but for where a program finds
-its work (see ``groups``). The backward is next door, in ``multi_stitch_backward``.
+The projections share the bodies of the single stitch's, but for where a program finds its work and
+its parameters (see ``groups``). All else is the single ops' own kernels, told of the groups. The
+backward is next door, in ``multi_stitch_backward``.
 
 Compiled and interpreted, never run on a GPU yet.
 """
@@ -28,9 +29,10 @@ from snkernels.kernels.triton.groups import (
     of_group,
 )
 from snkernels.kernels.triton.launch import dot_precision, launch
-from snkernels.kernels.triton.norms import affine, normalize, store_rows
+from snkernels.kernels.triton.norms import store_rows
 from snkernels.kernels.triton.operands import at, operand, store_tile
 from snkernels.kernels.triton.products import project_tiles
+from snkernels.kernels.triton.residual_layer_norm import normalize_rows
 
 
 @triton.jit(do_not_specialize=["M", "groups"])
@@ -143,39 +145,6 @@ def _row_groups_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["M", "groups"])
-def _layer_norm_groups_kernel(
-    p_y,
-    gamma,
-    beta,
-    p_normed,
-    p_mean,
-    p_rstd,
-    p_offsets,
-    M,
-    groups,
-    N,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """LN(y) and its statistics, BLOCK_M whole rows of one group in registers."""
-    group, row, end = find(p_offsets, groups, M, tl.program_id(0), BLOCK_M)
-    if row >= end:
-        return
-    o_m = row + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
-    m_n = o_n < N
-    mask = (o_m[:, None] < end) & m_n[None, :]
-    tile = o_m[:, None] * N + o_n[None, :]
-    y = tl.load(p_y + tile, mask=mask, other=0.0).to(tl.float32)
-    normed, mean, rstd = normalize(y, m_n, N, eps)
-    normed = affine(normed, of_group(gamma, group), of_group(beta, group), o_n, N)
-    tl.store(p_normed + tile, normed.to(p_normed.dtype.element_ty), mask=mask)
-    tl.store(p_mean + o_m, mean, mask=o_m < end)
-    tl.store(p_rstd + o_m, rstd, mask=o_m < end)
-
-
 def project(
     groups: Groups,
     x: Tensor,
@@ -255,7 +224,8 @@ def multi_stitch_forward(
     else:
         project(groups, x, y, WEIGHT, bias=True, low=low)
         if normalize:
-            _layer_norm(groups, y, normed, mean, rstd, eps)
+            norm = groups.parameter(NORM_WEIGHT), groups.parameter(NORM_BIAS)
+            normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd, groups)
     return y, normed, mean, rstd
 
 
@@ -295,27 +265,5 @@ def _whole_rows(
         groups.rank,
         eps,
         PRECISION=dot_precision(x.dtype),
-        **config,
-    )
-
-
-def _layer_norm(
-    groups: Groups, y: Tensor, normed: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> None:
-    config = configs.normalize_rows(y.shape[1])
-    launch(
-        _layer_norm_groups_kernel,
-        (groups.tiles(config["BLOCK_M"]),),
-        y,
-        groups.parameter(NORM_WEIGHT),
-        groups.parameter(NORM_BIAS),
-        normed,
-        mean,
-        rstd,
-        groups.offsets,
-        y.shape[0],
-        groups.count,
-        y.shape[1],
-        eps,
         **config,
     )

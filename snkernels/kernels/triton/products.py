@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snkernels.kernels.triton.configs import Config
 from snkernels.kernels.triton.norms import columns
-from snkernels.kernels.triton.operands import Operand, at, described, operand
+from snkernels.kernels.triton.operands import at, described, operand
 
 
 def factors(x: Tensor, weight: Tensor, config: Config) -> tuple[Any, Any, dict[str, Any]]:
@@ -119,51 +119,6 @@ def project_tiles(
             sums += (tiles[i] + columns(bias, o_n + i * BLOCK_N, N, 0.0),)
         tiles = sums
     return tiles
-
-
-@triton.jit
-def outer_tile(
-    left,
-    right,
-    out,
-    start,
-    end,
-    P,
-    Q,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """Stores the tile program_id(0) of leftᵀ right over rows ``start`` to ``end``, both int64.
-
-    left (M, P), right (M, Q) and out (P, Q) are operands. Products are in the dtype of left.
-    """
-    blocks_q = tl.cdiv(Q, BLOCK_Q)
-    pid = tl.program_id(0)
-    o_m = start + tl.arange(0, BLOCK_M)
-    o_p = (pid // blocks_q).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_p = o_p < P
-    m_q = o_q < Q
-    p_left = at(Operand(left.data, (left.strides[1], left.strides[0])), o_p, o_m)
-    p_right = at(right, o_m, o_q)
-    step_left = tl.cast(left.strides[0], tl.int64) * BLOCK_M
-    step_right = tl.cast(right.strides[0], tl.int64) * BLOCK_M
-
-    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
-    for m in range(0, (end - start).to(tl.int32), BLOCK_M):
-        m_m = o_m < end - m
-        left_tile = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
-        right_tile = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
-        if right_tile.dtype == tl.float32:
-            acc = dot_wide_right(acc, left_tile, right_tile, PRECISION)
-        else:
-            right_tile = right_tile.to(left_tile.dtype)
-            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
-        p_left += step_left
-        p_right += step_right
-    tl.store(at(out, o_p, o_q), acc, mask=m_p[:, None] & m_q[None, :])
 
 
 @triton.jit

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from snkernels.kernels.native import norm_outputs
 from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.groups import Groups, Parameter, in_chunks, of_group, rows_of
 from snkernels.kernels.triton.launch import launch
 from snkernels.kernels.triton.norms import affine, columns, normalize, normalize_backward
-from snkernels.kernels.triton.operands import at, operand
-from snkernels.kernels.triton.sums import sum_partials
+from snkernels.kernels.triton.operands import Operand, at, operand
+from snkernels.kernels.triton.sums import sum_chunks, sum_partials
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _of_samples(drop_path, o_m, m_m, each):
         return scale.to(tl.float32)[:, None]
 
 
-@triton.jit(do_not_specialize=["M", "each"])
+@triton.jit(do_not_specialize=["M", "each", "groups"])
 def _normalize_kernel(
     h,
     branch,
@@ -51,14 +52,23 @@ def _normalize_kernel(
     N,
     each,
     eps,
+    p_offsets,
+    groups,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BLOCK_M whole rows of the sum and of LN of it; without a branch the sum is h."""
-    o_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    group, row, end = rows_of(p_offsets, groups, M, pid, BLOCK_M)
+    if p_offsets is not None:
+        if row >= end:
+            return
+        gamma = of_group(gamma, group)
+        beta = of_group(beta, group)
+    o_m = row + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     m_n = o_n < N
-    m_m = o_m < M
+    m_m = o_m < end
     mask = m_m[:, None] & m_n[None, :]
     tile = o_m[:, None] * N + o_n[None, :]
     total = tl.load(at(h, o_m, o_n), mask=mask, other=0.0)
@@ -75,7 +85,7 @@ def _normalize_kernel(
     tl.store(p_rstd + o_m, rstd, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["M", "each", "chunk"])
+@triton.jit(do_not_specialize=["M", "each", "chunk", "groups"])
 def _normalize_backward_kernel(
     p_total,
     grad_total,
@@ -96,6 +106,8 @@ def _normalize_backward_kernel(
     each,
     chunk,
     stride_sums,
+    p_offsets,
+    groups,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -105,10 +117,15 @@ def _normalize_backward_kernel(
     the gradient of γ; without one it counts as 1, which makes that the sum of the rows' gradients.
     """
     pid = tl.program_id(0).to(tl.int64)
-    o_m = pid * chunk + tl.arange(0, BLOCK_M)
+    group, first, end = rows_of(p_offsets, groups, M, pid, chunk)
+    if p_offsets is not None:
+        if first >= end:
+            return
+        gamma = of_group(gamma, group)
+    end = tl.minimum(first + chunk, end)
+    o_m = first + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     m_n = o_n < N
-    end = tl.minimum((pid + 1) * chunk, M)
     by_gamma = columns(gamma, o_n, N, 1.0)
     by_layer = columns(layer_scale, o_n, N, 1.0)
     # Rows are added up value by value, and across warps once, at the end.
@@ -158,21 +175,28 @@ def normalize_rows(
     branch: Tensor | None,
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    norm_weight: Operand | Parameter | None,
+    norm_bias: Operand | Parameter | None,
     eps: float,
     total: Tensor | None,
     normed: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    groups: Groups | None = None,
 ) -> None:
-    """Fills the sum, LN of it and the statistics; without a branch, LN of h and the statistics."""
+    """Fills the sum, LN of it and the statistics; without a branch, LN of h and the statistics.
+
+    With groups each has a norm of its own, a parameter in place of an operand.
+    """
     rows, features = h.shape
     config = configs.normalize_rows(features)
+    tiles, *found_by = in_chunks(rows, config["BLOCK_M"], groups)
     launch(
         _normalize_kernel,
-        (triton.cdiv(rows, config["BLOCK_M"]),),
-        *map(operand, (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)),
+        (tiles,),
+        *map(operand, (h, branch, layer_scale, drop_path_scale)),
+        norm_weight,
+        norm_bias,
         total,
         normed,
         mean,
@@ -181,6 +205,7 @@ def normalize_rows(
         features,
         _rows_of_each(rows, drop_path_scale),
         eps,
+        *found_by,
         **config,
     )
 
@@ -194,20 +219,23 @@ def normalize_rows_backward(
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    norm_weight: Tensor | None,
+    norm_weight: Operand | Parameter | None,
     grad_h: Tensor | None,
     grad_branch: Tensor | None,
     vectors: Sequence[torch.dtype | None],
+    groups: Groups | None = None,
 ) -> list[Tensor]:
     """Fills the gradients of h and branch where they are wanted.
 
     Returns:
         Of the gradients of layer_scale, norm_weight and norm_bias those to which ``vectors`` gives
-        a dtype. Without a branch the first is the sum of the rows of grad_h, before it is rounded.
+        a dtype; with groups (groups, N). Without a branch the first is the sum of the rows of
+        grad_h, before it is rounded.
     """
     rows, features = total.shape
     config = configs.normalize_rows_backward(features)
-    chunk, chunks = configs.chunks(rows, config["BLOCK_M"], config.pop("CTAS_PER_SM"), total.device)
+    chunk = configs.chunk(rows, config["BLOCK_M"], config.pop("CTAS_PER_SM"), total.device)
+    chunks, *found_by = in_chunks(rows, chunk, groups)
     wanted = [dtype for dtype in vectors if dtype is not None]
     partial = torch.empty((chunks, len(wanted), features), dtype=torch.float32, device=total.device)
     columns = iter(partial.unbind(1))
@@ -220,7 +248,7 @@ def normalize_rows_backward(
         *map(operand, (grad_total, grad_normed, branch, layer_scale, drop_path_scale)),
         mean,
         rstd,
-        operand(norm_weight),
+        norm_weight,
         grad_h,
         grad_branch,
         *(None if dtype is None else next(columns) for dtype in vectors),
@@ -229,9 +257,13 @@ def normalize_rows_backward(
         _rows_of_each(rows, drop_path_scale),
         chunk,
         partial.stride(0),
+        *found_by,
         **config,
     )
-    return sum_partials(partial, wanted)
+    if groups is None:
+        return sum_partials(partial, wanted)
+    sums = zip(partial.unbind(1), wanted, strict=True)
+    return [sum_chunks(column, chunk, dtype, groups) for column, dtype in sums]
 
 
 def residual_layer_norm_forward(
@@ -247,8 +279,8 @@ def residual_layer_norm_forward(
     """(sum, LN(sum), mean, 1/σ); see :func:`snkernels.reference.residual` and ``layer_norm``."""
     dtype = torch.promote_types(x.dtype, branch.dtype)
     outputs = norm_outputs(x, x.shape[1], dtype, normed_dtype)
-    scales = layer_scale, drop_path_scale
-    normalize_rows(x, branch, *scales, norm_weight, norm_bias, eps, *outputs)
+    norm = operand(norm_weight), operand(norm_bias)
+    normalize_rows(x, branch, layer_scale, drop_path_scale, *norm, eps, *outputs)
     return outputs
 
 
@@ -284,7 +316,7 @@ def residual_layer_norm_backward(
         total,
         mean,
         rstd,
-        norm_weight,
+        operand(norm_weight),
         grad_x,
         grad_branch,
         vectors,

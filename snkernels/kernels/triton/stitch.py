@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.groups import Groups, in_chunks, rows_of
 from snkernels.kernels.triton.launch import dot_precision, launch
-from snkernels.kernels.triton.operands import Operand, operand, store_tile
-from snkernels.kernels.triton.products import factors, outer_tile, project_tiles
-from snkernels.kernels.triton.sums import column_sums, sum_rows
+from snkernels.kernels.triton.operands import Operand, at, operand, store_tile
+from snkernels.kernels.triton.products import dot_wide_right, factors, project_tiles
+from snkernels.kernels.triton.sums import column_sums, sum_chunks
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -58,7 +59,7 @@ def _project_kernel(
     store_tile(p_y, y * scaling, o_m, o_n, M, N)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "chunk", "groups"])
 def _outer_kernel(
     left,
     right,
@@ -68,16 +69,45 @@ def _outer_kernel(
     Q,
     chunk,
     strides_out,
+    p_offsets,
+    groups,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """out[i] = leftᵀ right over the i-th chunk of rows."""
+    """One tile of out[i] = leftᵀ right over the i-th chunk of rows, in the dtype of left."""
     chunk_id = tl.program_id(1).to(tl.int64)
+    _, start, end = rows_of(p_offsets, groups, M, chunk_id, chunk)
+    if p_offsets is not None and start >= end:
+        return
+    end = tl.minimum(start + chunk, end)
+    blocks_q = tl.cdiv(Q, BLOCK_Q)
+    pid = tl.program_id(0)
+    o_m = start + tl.arange(0, BLOCK_M)
+    o_p = (pid // blocks_q).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_q = (pid % blocks_q).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    m_p = o_p < P
+    m_q = o_q < Q
+    p_left = at(Operand(left.data, (left.strides[1], left.strides[0])), o_p, o_m)
+    p_right = at(right, o_m, o_q)
+    step_left = tl.cast(left.strides[0], tl.int64) * BLOCK_M
+    step_right = tl.cast(right.strides[0], tl.int64) * BLOCK_M
+
+    acc = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
+    for m in range(0, (end - start).to(tl.int32), BLOCK_M):
+        m_m = o_m < end - m
+        left_tile = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
+        right_tile = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
+        if right_tile.dtype == tl.float32:
+            acc = dot_wide_right(acc, left_tile, right_tile, PRECISION)
+        else:
+            right_tile = right_tile.to(left_tile.dtype)
+            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
+        p_left += step_left
+        p_right += step_right
     out = Operand(p_out + chunk_id * P * Q, strides_out)
-    start, end = chunk_id * chunk, tl.minimum((chunk_id + 1) * chunk, M)
-    outer_tile(left, right, out, start, end, P, Q, PRECISION, BLOCK_M, BLOCK_P, BLOCK_Q)
+    tl.store(at(out, o_p, o_q), acc, mask=m_p[:, None] & m_q[None, :])
 
 
 def project(
@@ -135,15 +165,26 @@ def low_rank(x: Tensor, lora_A: Tensor | None, scaling: float) -> Tensor | None:
     return project(x, lora_A, low, scaling=scaling)
 
 
-def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """leftᵀ right of (M, P) and (M, Q): (P, Q) in ``dtype``, or (Q, P) if transposed."""
+def outer(
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype,
+    transposed: bool = False,
+    groups: Groups | None = None,
+) -> Tensor:
+    """leftᵀ right of (M, P) and (M, Q): (P, Q) in ``dtype``, or (Q, P) if transposed.
+
+    With groups that of each one's rows, (groups, P, Q) or (groups, Q, P).
+    """
     (rows, height), width = left.shape, right.shape[1]
     shape = (width, height) if transposed else (height, width)
     precision = dot_precision(left.dtype)
     config = configs.outer(left.dtype, precision, width)
     tiles = triton.cdiv(height, config["BLOCK_P"]) * triton.cdiv(width, config["BLOCK_Q"])
-    chunks = max(1, min(256 // max(1, tiles), rows // (2 * config["BLOCK_M"])))
-    partial = torch.empty((chunks, *shape), dtype=torch.float32, device=left.device)
+    most = max(1, min(256 // max(1, tiles), rows // (2 * config["BLOCK_M"])))
+    chunk = triton.cdiv(rows, most)
+    chunks, *found_by = in_chunks(rows, chunk, groups)
+    partial = torch.empty((chunks, height * width), dtype=torch.float32, device=left.device)
     launch(
         _outer_kernel,
         (tiles, chunks),
@@ -153,12 +194,13 @@ def outer(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool = Fa
         rows,
         height,
         width,
-        triton.cdiv(rows, chunks),
+        chunk,
         (1, height) if transposed else (width, 1),
+        *found_by,
         PRECISION=precision,
         **config,
     )
-    return sum_rows(partial.view(chunks, height * width), 1, dtype).view(shape)
+    return sum_chunks(partial, chunk, dtype, groups).unflatten(-1, shape)
 
 
 def stitch_forward(

@@ -105,7 +105,8 @@ def stitch_layer_norm_forward(
         )
     else:
         project(x, weight, y, bias, low, lora_B)
-        normalize_rows(y, None, None, None, norm_weight, norm_bias, eps, None, normed, mean, rstd)
+        norm = operand(norm_weight), operand(norm_bias)
+        normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd)
     return y, normed, mean, rstd
 
 
@@ -138,7 +139,7 @@ def stitch_layer_norm_backward(
         y,
         mean,
         rstd,
-        norm_weight,
+        operand(norm_weight),
         grad,
         None,
         [vector.dtype if need and vector is not None else None for vector, need in vectors],

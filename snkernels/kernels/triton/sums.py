@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snkernels.kernels.triton import configs
+from snkernels.kernels.triton.groups import Groups, bounds, in_chunks, rows_of
 from snkernels.kernels.triton.launch import launch
 from snkernels.kernels.triton.operands import at, operand
 
@@ -26,27 +27,59 @@ def sum_of_rows(matrix, o_n, start, end, N, BLOCK_M: tl.constexpr):
     return tl.sum(acc, 0)
 
 
-@triton.jit(do_not_specialize=["M", "chunk"])
+@triton.jit(do_not_specialize=["M", "chunk", "groups"])
 def _sum_rows_kernel(
     matrix,
     p_out,
     M,
     N,
     chunk,
+    p_offsets,
+    groups,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """out[i] = the sum over the i-th chunk of rows."""
     pid = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.minimum((pid + 1) * chunk, M)
-    total = sum_of_rows(matrix, o_n, pid * chunk, end, N, BLOCK_M)
+    _, start, end = rows_of(p_offsets, groups, M, pid, chunk)
+    if p_offsets is not None and start >= end:
+        return
+    end = tl.minimum(start + chunk, end)
+    total = sum_of_rows(matrix, o_n, start, end, N, BLOCK_M)
     tl.store(p_out + pid * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
 
 
-def sum_rows(matrix: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
-    """The fp32 sums of ``chunks`` chunks of the rows of an (M, N) matrix, (chunks, N) in dtype."""
+@triton.jit(do_not_specialize=["M", "chunk"])
+def _sum_groups_kernel(
+    partial,
+    p_out,
+    p_offsets,
+    M,
+    N,
+    chunk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out[g] = the sum over the chunks of group g."""
+    group = tl.program_id(1).to(tl.int64)
+    start, end = bounds(p_offsets, group, tl.cast(M, tl.int64))
+    first = start // chunk + group
+    chunks = tl.cdiv(tl.maximum(end - start, 0), chunk)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = sum_of_rows(partial, o_n, first, first + chunks, N, BLOCK_M)
+    tl.store(p_out + group * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
+
+
+def sum_rows(
+    matrix: Tensor, chunk: int, dtype: torch.dtype, groups: Groups | None = None
+) -> Tensor:
+    """The fp32 sums over each ``chunk`` rows of an (M, N) matrix, (chunks, N) in ``dtype``.
+
+    With groups a chunk is of one group's rows, and the sum of one without rows is not written.
+    """
     rows, width = matrix.shape
+    chunks, *found_by = in_chunks(rows, chunk, groups)
     sums = torch.empty((chunks, width), dtype=dtype, device=matrix.device)
     config = configs.sum_rows()
     launch(
@@ -56,17 +89,44 @@ def sum_rows(matrix: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
         sums,
         rows,
         width,
-        triton.cdiv(rows, chunks),
+        chunk,
+        *found_by,
         **config,
     )
     return sums
 
 
-def column_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The fp32 sum over all rows of an (M, N) matrix, (N,) in ``dtype``."""
-    rows, width = matrix.shape
-    chunks = max(1, min(128, rows // 32))
-    return sum_rows(sum_rows(matrix, chunks, torch.float32), 1, dtype).view(width)
+def sum_chunks(
+    partial: Tensor, chunk: int, dtype: torch.dtype, groups: Groups | None = None
+) -> Tensor:
+    """The sum of what the chunks of ``chunk`` rows add, (chunks, N): (N,) in ``dtype``.
+
+    With groups the sum for each of them: (groups, N).
+    """
+    chunks, width = partial.shape
+    if groups is None:
+        return sum_rows(partial, chunks, dtype)[0]
+    sums = torch.empty((groups.count, width), dtype=dtype, device=partial.device)
+    config = configs.sum_rows()
+    launch(
+        _sum_groups_kernel,
+        (triton.cdiv(width, config["BLOCK_N"]), groups.count),
+        operand(partial),
+        sums,
+        groups.offsets,
+        groups.rows,
+        width,
+        chunk,
+        **config,
+    )
+    return sums
+
+
+def column_sums(matrix: Tensor, dtype: torch.dtype, groups: Groups | None = None) -> Tensor:
+    """The fp32 sum over all rows of an (M, N) matrix, (N,) in ``dtype``; of groups (groups, N)."""
+    rows = matrix.shape[0]
+    chunk = triton.cdiv(rows, max(1, min(128, rows // 32)))
+    return sum_chunks(sum_rows(matrix, chunk, torch.float32, groups), chunk, dtype, groups)
 
 
 @triton.jit(do_not_specialize=["CHUNKS"])
