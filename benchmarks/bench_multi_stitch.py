@@ -79,7 +79,7 @@ def _merged(t: Tensors) -> Callable[[], Outputs]:
     def run() -> Outputs:
         if torch.is_grad_enabled():
             return _loop(t, projections)
-        # Without gradients nothing need be copied together.
+        # Without gradients only LN(y), which torch writes nowhere but to a new tensor, is copied.
         y = x.new_empty(len(x), len(weights[0]))
         normed = torch.empty_like(y)
         for start, stop, own, weight in zip([0, *ends], ends, groups, weights, strict=False):

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,6 +101,11 @@ def prepare(case: Case, struck: Collection[str]) -> None:
             bench.check(entry)
 
 
+def _lasting(described: dict[str, Any]) -> dict[str, Any]:
+    """What of a machine is the same in each run."""
+    return {fact: value for fact, value in described.items() if fact != "load_average"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 where an entry failed its check, a case broke, or time ran out."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -129,9 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = None
     elif options.add and out.exists():
         record = Record.load(out)
-        here = (commit, dirty, torch.get_num_threads(), machine.versions())
-        if (record.commit, record.dirty, record.threads, record.versions) != here:
-            sys.exit(f"{out} is of another commit, machine or number of threads: nothing is added")
+        for fact, then, here in (
+            ("commit", record.commit, commit),
+            ("dirty", record.dirty, dirty),
+            ("device", record.device, device.type),
+            ("threads", record.threads, torch.get_num_threads()),
+            ("versions", record.versions, machine.versions()),
+            ("machine", _lasting(record.machine), _lasting(described)),
+        ):
+            if then != here:
+                sys.exit(f"nothing is added to {out}: its {fact} is {then}, here it is {here}")
     else:
         record = Record(
             schema=SCHEMA,

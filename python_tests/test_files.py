@@ -57,6 +57,16 @@ def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    """As /dev/stdout is, before a pager."""
+    end, start = os.pipe()
+    with replacing(f"/dev/fd/{start}") as partial:
+        partial.write_text("text")
+    os.close(start)
+    with os.fdopen(end) as file:
+        assert file.read() == "text"
+
+
 def test_into_the_folder_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with replacing("record.json") as partial:

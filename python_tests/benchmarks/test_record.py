@@ -182,10 +182,16 @@ def test_a_case_that_breaks_loses_nothing_and_another_process_goes_on(
     assert [(c.op, c.shape, c.phase) for c in again.cases] == [
         (c.op, c.shape, c.phase) for c in both.cases
     ]
-    dataclasses.replace(again, commit="another").save(path)
-    with pytest.raises(SystemExit, match=r"of another commit, machine or number of threads"):
-        recorder.main(["--ops", "stitch", *arguments])
-    assert len(Record.load(path).cases) == len(again.cases)
+    for change, message in (
+        ({"commit": "another"}, "its commit is another, here it is"),
+        ({"machine": {**again.machine, "cpu": "another"}}, "its machine is .*another"),
+    ):
+        dataclasses.replace(again, **change).save(path)
+        with pytest.raises(SystemExit, match=message):
+            recorder.main(["--ops", "stitch", *arguments])
+        assert len(Record.load(path).cases) == len(again.cases)
+    dataclasses.replace(again, machine={**again.machine, "load_average": 9.0}).save(path)
+    assert recorder.main(["--ops", "stitch_layer_norm", *arguments]) == 0
 
 
 def test_no_case_begins_after_the_limit(

@@ -167,6 +167,13 @@ def grouped(offsets: list[int], tensors: list[Tensor | None], backward: bool) ->
     native.multi_stitch_backward(GRAD, None, X, offsets, tensors, scalings, None, None, None, needs)
 
 
+def test_a_gradient_of_the_norm_needs_what_the_forward_returned() -> None:
+    with pytest.raises(ValueError, match="y, mean and rstd must be given with grad_normed"):
+        native.multi_stitch_backward(
+            *(None, GRAD, X, [0, 2, 5], GROUP * 2, [0.5, 0.25], None, None, None), [True] * 13
+        )
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_groups_that_do_not_fit(backward: bool) -> None:
     grouped([0, 2, 5], GROUP * 2, backward)

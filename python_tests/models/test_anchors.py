@@ -175,6 +175,19 @@ def test_a_head_of_its_own_is_given_all_tokens() -> None:
     torch.testing.assert_close(finish(vit, embed(vit, images), 0), vit(images))
 
 
+class Centred(nn.Module):
+    """Looks at all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+def test_a_norm_of_its_own_is_given_all_tokens(make_vit: MakeViT) -> None:
+    vit, images = make_vit(), torch.randn(2, 3, 8, 8)
+    vit.norm = Centred()
+    torch.testing.assert_close(finish(vit, embed(vit, images), 0), vit(images))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_blocks_that_are_run_again_give_the_same_gradients(make_vit: MakeViT, rate: float) -> None:
     vit = make_vit(depth=3, drop_path_rate=rate).double().train()
@@ -216,7 +229,10 @@ def test_images_must_be_as_the_model_is(make_vit: MakeViT) -> None:
     with pytest.raises(TypeError, match=r"images must be torch\.float32 .*, got torch\.float64"):
         check_images(vit, images)
     with torch.autocast("cpu", torch.bfloat16):
-        check_images(vit, images)
+        check_images(vit, images.bfloat16())
+        assert finish(vit, embed(vit, images.bfloat16()), 0).dtype is torch.bfloat16
+        with pytest.raises(TypeError, match=r"images must be torch\.float32 .* torch\.float64"):
+            check_images(vit, images)
     with pytest.raises(ValueError, match="images must be on cpu as the model, got meta"):
         check_images(vit, torch.zeros(2, 3, 8, 8, device="meta"))
 

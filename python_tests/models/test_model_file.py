@@ -9,6 +9,7 @@ from torch import nn
 
 from snkernels.models.stitched import StitchedViT
 from snkernels.models.vit import PlainViT
+from snkernels.profiling import profile
 
 Make = Callable[..., StitchedViT]
 
@@ -46,6 +47,18 @@ def test_a_new_head_goes_along(make: Make, tmp_path: Path) -> None:
     loaded = StitchedViT.load(path).eval()
     assert [vit.num_classes for vit in loaded.anchors] == [9, 9]
     torch.testing.assert_close(loaded(IMAGES, routes="all"), model(IMAGES, routes="all"))
+
+
+def test_a_profile_of_other_shapes_is_not_saved(make: Make, tmp_path: Path) -> None:
+    model = make()
+    model.profile = profile(model, 1, rounds=1, seconds=0.0, progress=False)
+    for vit in model.anchors:
+        vit.reset_classifier(9)
+    with pytest.raises(ValueError, match="num_classes"):
+        model.save(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+    model.profile = None
+    model.save(tmp_path / "model.safetensors")
 
 
 def test_a_head_put_in_by_hand_needs_anchors_to_fill(

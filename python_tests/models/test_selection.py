@@ -151,7 +151,8 @@ def wrong_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"images": torch.empty(2, 3, 8, 8, device="meta")}, ValueError, "images must be on cpu"),
         ({"without_grad": ["x"]}, TypeError, "route id must be an integer, got 'x'"),
         ({"without_grad": [99]}, ValueError, "route id must be in 0–2 or 4–4, got 99"),
-        ({"without_grad": "some"}, ValueError, 'without_grad must be "all" or route ids'),
+        ({"without_grad": "all"}, TypeError, "without_grad must hold route ids, got 'all'"),
+        ({"without_grad": 1}, TypeError, "without_grad must hold route ids, got 1"),
     ]
 
 

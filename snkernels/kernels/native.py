@@ -164,7 +164,13 @@ def multi_stitch_backward(
     rstd: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of x and of all groups' tensors that ``needs`` marks, in order."""
+    """The gradients of x and of all groups' tensors that ``needs`` marks, in order.
+
+    Raises:
+        ValueError: LN(y) has a gradient, but y or a statistic is not given.
+    """
+    if grad_normed is not None and (y is None or mean is None or rstd is None):
+        raise ValueError("y, mean and rstd must be given with grad_normed, but one of them is None")
     grad = grad_y if grad_normed is None else grad_normed
     assert grad is not None
     grad_x, *grads = _grads_like((x, *tensors), needs)

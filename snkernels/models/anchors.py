@@ -126,7 +126,8 @@ def check_images(vit: Anchor, images: Tensor) -> None:
     weight = vit.patch_embed.proj.weight
     if images.device != weight.device:
         raise ValueError(f"images must be on {weight.device} as the model, got {images.device}")
-    if images.dtype != weight.dtype and not _autocasts(weight.device.type):
+    double = torch.float64 in (images.dtype, weight.dtype)  # which autocast leaves alone
+    if images.dtype != weight.dtype and (double or not _autocasts(weight.device.type)):
         raise TypeError(f"images must be {weight.dtype} as the model, got {images.dtype}")
     patch_embed = vit.patch_embed
     channels = patch_embed.proj.weight.shape[1]
@@ -230,7 +231,9 @@ def finish(vit: Anchor, tokens: Tensor, start: int, normed: Tensor | None = None
     """
     norm = vit.norm if is_plain_norm(vit.norm) else None
     blocks = list(vit.blocks)[start:]
-    h, normed = _chain(vit, blocks, [tokens, normed], norm, _reads_one_token(vit))
+    # A norm that is no LayerNorm may look at all tokens.
+    one_token = norm is not None and _reads_one_token(vit)
+    h, normed = _chain(vit, blocks, [tokens, normed], norm, one_token)
     return vit.forward_head(vit.norm(h) if normed is None else normed)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def save(model: StitchedViT, path: str | os.PathLike[str], notes: Mapping[str, Any] | None) -> None:
     """Write a model; see ``StitchedViT.save``."""
+    if model.profile is not None:  # or nobody could load it
+        model.profile.check_model(shapes_of(model))
     anchors = [{**describe(vit), "arguments": _arguments(vit)} for vit in model.anchors]
     config = {
         "anchors": anchors,
@@ -40,16 +42,15 @@ def save(model: StitchedViT, path: str | os.PathLike[str], notes: Mapping[str, A
 
 def _arguments(vit: Anchor) -> dict[str, Any] | None:
     """Return what builds a ``PlainViT`` of the same shape; None where nothing does."""
-    arguments: dict[str, Any] | None = getattr(vit, "config", None)
-    if arguments is None:
+    if type(vit) is not PlainViT:
         return None
     with torch.device("meta"):
-        built = PlainViT(**arguments)
+        built = PlainViT(**vit.config)
     try:
         checkpoint.check_tensors("anchor", vit.state_dict(), built.state_dict())
     except ValueError:  # the head was replaced, say: to load it, anchors must be given
         return None
-    return arguments
+    return vit.config
 
 
 def restore(model: StitchedViT, path: str | os.PathLike[str]) -> None:

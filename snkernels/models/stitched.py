@@ -117,7 +117,7 @@ class StitchedViT(nn.Module):
         self.sampler = RouteSampler(
             {route.id: route.flops for route in self.routes},
             seed=seed,
-            rank=collectives.rank(),
+            rank=collectives.rank,
             **self._sampling,
         )
         self._default_route = LARGE
@@ -212,7 +212,9 @@ class StitchedViT(nn.Module):
                 then.
         """
         self._check_batch(images)
-        ungraded = [route.id for route in self._named(without_grad, "without_grad")]
+        if is_one(without_grad):
+            raise TypeError(f"without_grad must hold route ids, got {without_grad!r:.80}")
+        ungraded = [self.space.route(route_id).id for route_id in without_grad]
         batch = len(images)
         limit = max(batch, _MAX_ROWS) if max_rows is None else integer("max_rows", max_rows, 3)
         if sum(choice is not None for choice in (stitch, routes, budget)) > 1:
@@ -261,7 +263,6 @@ class StitchedViT(nn.Module):
         Raises:
             ValueError: If ``count`` is below 1.
         """
-        self.sampler.rank = collectives.rank()
         return [self.sampler.draw() for _ in range(integer("count", count, 1))]
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -392,9 +393,10 @@ class StitchedViT(nn.Module):
         return checkpoint.to_snnetv2(self.state_dict())
 
     def save(self, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
-        """Write weights, shape, sampler state, scores and profile into one safetensors file.
+        """Write the model into one safetensors file.
 
-        The file appears when it is complete; until then whatever was there stays.
+        That is weights, shape, sampler state, default route, scores and profile.  The file appears
+        when it is complete; until then whatever was there stays.
 
         Args:
             path: Where to write.
@@ -403,6 +405,7 @@ class StitchedViT(nn.Module):
 
         Raises:
             OSError: If the file cannot be written.
+            ValueError: If the profile is of other shapes than the model has now.
         """
         model_file.save(self, path, notes)
 
@@ -463,12 +466,6 @@ class StitchedViT(nn.Module):
                 f"stitch must hold one route id for each of the {batch} images, got {len(chosen)}"
             )
         return chosen
-
-    def _named(self, ids: Any, name: str) -> list[Route]:
-        """Return the routes of ids, of which there may be none."""
-        if isinstance(ids, Sequence) and len(ids) == 0:
-            return []
-        return self.space.named(ids, name)
 
     def _afford(self, budget: Any, images: Tensor) -> int | list[int]:
         """Return the id of the route that a budget buys, or of one per budget."""

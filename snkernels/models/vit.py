@@ -247,7 +247,9 @@ class PlainViT(nn.Module):
         self._init_weights()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Put a new head in the place of the old one.
+        """Put a new head in the place of the old one; do so before the anchor is stitched.
+
+        What the routes of a stitched model cost is reckoned when it is built.
 
         Args:
             num_classes: Its outputs; 0 leaves it out.
@@ -265,9 +267,10 @@ class PlainViT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Say whether a block keeps only its input for the backward pass, and is run again there.
+        """Say whether blocks keep for the backward pass only what they are given, and run again there.
 
-        It takes less memory and more time.  It holds where the anchor is part of a stitched model.
+        That is the tokens and their norm.  It takes less memory and more time, and it holds where
+        the anchor is part of a stitched model.
         """
         self.grad_checkpointing = bool(enable)
 

@@ -98,8 +98,8 @@ def _check_rising(offsets: Sequence[int], rows: int) -> None:
 def _located(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
     """Hands a backend one argument for both kinds of offsets: a list where the host knows them.
 
-    A list was checked before the op was called. A tensor in CPU memory is compiled code's, and
-    nobody has looked at it. x is argument number ``x_at``; offsets, tensors and scalings follow it.
+    They are checked here: of compiled code, or of whoever calls the op itself, nobody has looked at
+    them. x is argument number ``x_at``; offsets, tensors and scalings follow it.
     """
 
     @functools.wraps(function)
@@ -112,9 +112,12 @@ def _located(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
                 f"tensors must hold {TENSORS} for each of {groups} groups, "
                 f"but they are {len(tensors)}"
             )
+        if known is None and offsets is None:
+            raise ValueError("group_offsets or known_offsets must be given, but both are None")
         _check_count(tuple(offsets.shape) if known is None else (len(known),), groups)
         if known is None and offsets.is_cpu:
             known = offsets.tolist()
+        if known is not None:
             _check_rising(known, x.shape[0])
         return function(*before, x, offsets if known is None else known, *arguments[x_at + 3 :])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from snkernels.integers import integer
@@ -78,7 +78,8 @@ class RouteSampler:
         tilt: Draw costly groups more often: with k groups, group i = 1 … k by rising cost has a
             probability proportional to i/k + 1/k. Otherwise all groups are equally likely.
         seed: Seed of the draws.
-        rank: Data-parallel rank; it may be set later, as an attribute.
+        rank: Data-parallel rank, or what tells it when a route is drawn; it may be set later, as an
+            attribute.
         draws: "own": every rank draws a route of its own. "shared": all ranks draw the same route
             at each step. "equal_cost": all ranks draw the same group, and each its own route in
             it, so that no rank waits for one with a costlier route.
@@ -95,7 +96,7 @@ class RouteSampler:
         *,
         tilt: bool = False,
         seed: int = 0,
-        rank: int = 0,
+        rank: int | Callable[[], int] = 0,
         draws: Draws = "own",
     ) -> None:
         if draws not in get_args(Draws):
@@ -110,7 +111,8 @@ class RouteSampler:
     def draw(self) -> int:
         """Returns the route id of the next step."""
         # A text seed is hashed in full, so that neighbouring draws are unrelated.
-        own, relation = f"rank {self.rank}", self._relation
+        rank = self.rank() if callable(self.rank) else self.rank
+        own, relation = f"rank {rank}", self._relation
         group_stream = own if relation == "own" else "shared"
         route_stream = "shared" if relation == "shared" else own
         generators = {

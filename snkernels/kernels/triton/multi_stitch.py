@@ -210,11 +210,7 @@ def multi_stitch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, LN(y), mean, 1/σ), the last three empty without ``normalize``."""
-    if normalize:
-        y, normed, mean, rstd = norm_outputs(x, out_features)
-    else:
-        y = x.new_empty(x.shape[0], out_features)
-        normed, mean, rstd = y.new_empty(0), y.new_empty(0), y.new_empty(0)
+    y, normed, mean, rstd = norm_outputs(x, out_features, normalize=normalize)
     if y.numel() == 0:
         return y, normed, mean, rstd
     groups = Groups(x, group_offsets, tensors, scalings, out_features)

@@ -44,7 +44,7 @@ def multi_stitch_backward(
     assert upper is not None
     if upper.numel() == 0:
         pairs = zip(inputs, needs, strict=True)
-        return [torch.zeros_like(t) for t, need in pairs if need and t is not None]
+        return [t.new_zeros(t.shape) for t, need in pairs if need and t is not None]
     groups = Groups(x, group_offsets, tensors, scalings, upper.shape[1])
     found: dict[int, Tensor] = {}  # by role, each (groups, *shape)
 
