@@ -209,7 +209,9 @@ def test_the_library_op_meets_groups_that_do_not_fit() -> None:
             with use_backend(name):
                 function([0, 2, 5], tensors)
                 with pytest.raises(ValueError, match="must be given"):
-                    torch.ops.snkernels.multi_stitch(X, None, None, tensors, [1.0] * 2, 4, True, EPS)
+                    torch.ops.snkernels.multi_stitch(
+                        X, None, None, tensors, [1.0] * 2, 4, True, EPS
+                    )
                 with pytest.raises(ValueError, match="must rise from 0 to the 5 rows"):
                     torch.ops.snkernels.multi_stitch(
                         X, None, [0, 2, 4], tensors, [1.0] * 2, 4, True, EPS

@@ -267,7 +267,7 @@ class PlainViT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Say whether blocks keep for the backward pass only what they are given, and run again there.
+        """Say whether blocks keep for the backward pass what they are given, and run again there.
 
         That is the tokens and their norm.  It takes less memory and more time, and it holds where
         the anchor is part of a stitched model.
