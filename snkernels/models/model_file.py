@@ -42,15 +42,17 @@ def save(model: StitchedViT, path: str | os.PathLike[str], notes: Mapping[str, A
 
 def _arguments(vit: Anchor) -> dict[str, Any] | None:
     """Return what builds a ``PlainViT`` of the same shape; None where nothing does."""
-    if type(vit) is not PlainViT:
+    arguments: dict[str, Any] | None
+    arguments = getattr(vit, "config", None) if type(vit) is PlainViT else None
+    if arguments is None:
         return None
     with torch.device("meta"):
-        built = PlainViT(**vit.config)
+        built = PlainViT(**arguments)
     try:
         checkpoint.check_tensors("anchor", vit.state_dict(), built.state_dict())
     except ValueError:  # the head was replaced, say: to load it, anchors must be given
         return None
-    return vit.config
+    return arguments
 
 
 def restore(model: StitchedViT, path: str | os.PathLike[str]) -> None:
