@@ -28,6 +28,45 @@ inline int threads_for(int64_t rows, int64_t cols, int most) {
   return rows * cols < 1 << 14 ? 1 : most;
 }
 
+// [0, n) in a share for each thread, which is likely to have made those rows and to read them again,
+// and which helps with the others' shares when it is done with its own: of two cores one is often
+// slower.
+class Shares {
+ public:
+  static int64_t room(int threads) { return threads * LINE; }
+  Shares(int64_t n, int64_t step, int threads, float* room)
+      : n_(n), step_(step), threads_(threads), next_(reinterpret_cast<int64_t*>(room)) {
+    for (int share = 0; share < threads; ++share) next_[share * APART] = border(share);
+  }
+  // some(first, last) for what is there to do, at most `step` at a time.
+  template <typename Some>
+  void work(int thread, Some some) const {
+    for (int i = 0; i < threads_; ++i) {
+      const int share = (thread + i) % threads_;
+      int64_t &next = next_[share * APART], first;
+      for (;;) {
+#pragma omp atomic capture
+        {
+          first = next;
+          next += step_;
+        }
+        if (first >= border(share + 1)) break;
+        some(first, smaller(first + step_, border(share + 1)));
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t LINE = 16, APART = 8;  // floats and counters of a cache line
+  int64_t border(int share) const {
+    return smaller(share * ceil_div(n_, step_) / threads_ * step_, n_);
+  }
+
+  int64_t n_, step_;
+  int threads_;
+  int64_t* next_;
+};
+
 // The vectors of an op, in fp32, and a row of zeros.
 struct Vectors {
   const float *layer_scale, *norm_weight, *norm_bias, *zeros;
@@ -116,21 +155,23 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   static thread_local Scratch scratch;
   const int64_t M = p.h.rows, N = p.h.cols;
   const int threads = threads_for(M, N, p.threads);
-  const int64_t room = FORWARD_ROOM * ROWS * N, height = ceil_div(M, threads);
-  const int64_t sizes[] = {N, N, N, threads * room};
+  const int64_t room = FORWARD_ROOM * ROWS * N;
+  const int64_t sizes[] = {N, N, N, Shares::room(threads), threads * room};
   Parts parts(scratch, sizes);
   if (!parts) return Status::out_of_memory;
   const Vectors vectors{read_or(p.layer_scale, 1.0f, N, parts.take()),
                         read_or(p.norm_weight, 1.0f, N, parts.take()),
                         read_or(p.norm_bias, 0.0f, N, parts.take()), nullptr};
-  float* rooms = parts.take();
+  float *counters = parts.take(), *rooms = parts.take();
   const bool large = past_caches(4 * M * N);
   const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
+  const Shares shares(M, 2 * ROWS_AT_ONCE, threads, counters);
 #pragma omp parallel for num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
-    forward_rows(p, out, vectors, thread * height, smaller(M, (thread + 1) * height),
-                 rooms + thread * room);
+    shares.work(thread, [&](int64_t first, int64_t last) {
+      forward_rows(p, out, vectors, first, last, rooms + thread * room);
+    });
     stream_fence();
   }
   return Status::ok;
@@ -141,26 +182,27 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const int threads = threads_for(M, N, p.threads);
   const int64_t room = BACKWARD_ROOM * ROWS * N;
-  const int64_t sizes[] = {N, N, N, block_sums_size(M, 3 * N), threads * room};
+  const int64_t sizes[] = {N, N, N, block_sums_size(M, 3 * N), Shares::room(threads),
+                           threads * room};
   Parts parts(scratch, sizes);
   if (!parts) return Status::out_of_memory;
   const Vectors vectors{read_or(p.layer_scale, 1.0f, N, parts.take()),
                         read_or(p.norm_weight, 1.0f, N, parts.take()), nullptr,
                         read_or(View(), 0.0f, N, parts.take())};
-  float *partial = parts.take(), *rooms = parts.take();
+  float *partial = parts.take(), *counters = parts.take(), *rooms = parts.take();
   const bool large = past_caches(6 * M * N);
   const Target grad_h(p.grad_h, large), grad_branch(p.grad_branch, large);
-  const int64_t blocks = row_blocks(M);
+  const Shares shares(row_blocks(M), 1, threads, counters);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int thread = 0; thread < threads; ++thread) {
-      const int64_t end = (thread + 1) * blocks / threads;
-      for (int64_t block = thread * blocks / threads; block < end; ++block)
+      shares.work(thread, [&](int64_t block, int64_t) {
         sum_rows_of_block(block, M, 3 * N, partial, [&](int64_t first, int64_t last, float* to) {
           backward_rows(p, grad_h, grad_branch, vectors, first, last, to,
                         rooms + thread * room);
         });
+      });
       stream_fence();
     }
 #pragma omp for

@@ -62,7 +62,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // detour of a whole packed weight through memory costs as much as the arithmetic. Others are cut
 // lower, so that a band stays in L2, and evenly for the threads that share the group, which find
 // the weight packed.
-constexpr int64_t HIGH = 8 * MR, WHOLE = 12 * MR;
+constexpr int64_t HIGH = 6 * MR, WHOLE = 12 * MR;
 
 int64_t bands_of(int64_t rows, int64_t rows_per_thread) {
   if (rows <= WHOLE && rows <= rows_per_thread) return smaller(rows, 1);
