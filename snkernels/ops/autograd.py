@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -26,3 +27,18 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[...,
         return run
 
     return decorate
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without a look for tensors of torch.func transforms that have ended.
+
+    That look takes a third of its time, and the ops are not for such tensors. Code that is compiled
+    knows the function by ``apply`` alone.
+    """
+    base: Any = super(torch.autograd.Function, function)
+    direct = base.apply
+
+    def apply(*arguments: Any) -> Any:
+        return (function.apply if is_compiling() else direct)(*arguments)
+
+    return apply

@@ -11,6 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 from snkernels import backends
 
@@ -57,23 +65,29 @@ def register(
 def _is_seen(args: Sequence[Any]) -> bool:
     """Whether torch would do more with a call than hand it on: trace, record or convert it."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch._C._autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or _profiler_enabled()
         or not _are_plain(args)
     )
+
+
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_NUMBERS = frozenset((type(None), int, float, bool))
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
     """Whether tensors are what they seem: memory, of no subclass, with no pending operation."""
     for argument in args:
         kind = type(argument)
-        if kind is Tensor or kind is torch.nn.Parameter:
+        if kind in _TENSORS:
             if argument.is_neg() or argument._is_zerotensor():
                 return False
+        elif kind in _NUMBERS:
+            continue
         elif kind is list or kind is tuple:
             if not _are_plain(argument):
                 return False

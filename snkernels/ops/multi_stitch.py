@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import check_input, check_number, check_stitch, check_tensor
 from snkernels.ops.library import (
     autocast,
@@ -292,6 +292,9 @@ class _MultiStitch(torch.autograd.Function):
         return grad_x, *[None] * 6, *grad_tensors
 
 
+_apply = applied(_MultiStitch)
+
+
 def _multi_stitch(
     x: Tensor,
     group_offsets: Tensor | Sequence[int],
@@ -335,7 +338,7 @@ def _multi_stitch(
         float(eps),
     )
     if needs_grad(x, *tensors):
-        return _MultiStitch.apply(*arguments, *tensors)
+        return _apply(*arguments, *tensors)
     return _forward_op(*arguments[:3], tensors, *arguments[3:])[:2]
 
 
@@ -376,9 +379,10 @@ def _where_rows_are(
     else:
         return group_offsets, None, groups  # a GPU's kernels stay within the rows whatever they say
     _check_rising(known, x.shape[0])
-    present = [i for i, (start, stop) in enumerate(itertools.pairwise(known)) if start < stop]
-    known = [0, *(known[i + 1] for i in present)]
-    groups = [groups[i] for i in present]
+    if len(set(known)) < len(known):
+        present = [i for i, (start, stop) in enumerate(itertools.pairwise(known)) if start < stop]
+        known = [0, *(known[i + 1] for i in present)]
+        groups = [groups[i] for i in present]
     return (torch.tensor(known, device="cpu"), None, groups) if compiling else (None, known, groups)
 
 

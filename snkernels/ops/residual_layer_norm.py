@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor, from_rows
 from snkernels.ops.library import (
     autocast_dtype,
@@ -165,6 +165,9 @@ class _ResidualLayerNorm(torch.autograd.Function):
         return *residual_grads, None, norm_weight_grad, norm_bias_grad, None, None
 
 
+_apply = applied(_ResidualLayerNorm)
+
+
 def residual_layer_norm(
     h: Tensor,
     branch: Tensor,
@@ -222,6 +225,6 @@ def residual_layer_norm(
         norm_bias,
     )
     differentiable = needs_grad(*arguments)
-    op = _ResidualLayerNorm.apply if differentiable else _forward_op
+    op = _apply if differentiable else _forward_op
     total, normed, *_ = op(*arguments, float(eps), autocast_dtype(device_type(h), dtype))
     return from_rows(total, h), from_rows(normed, h)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_stitch, from_rows
 from snkernels.ops.library import (
     autocast,
@@ -96,6 +96,9 @@ class _Stitch(torch.autograd.Function):
         return *spread(grads, needs), None
 
 
+_apply = applied(_Stitch)
+
+
 def stitch(
     x: Tensor,
     weight: Tensor,
@@ -130,6 +133,6 @@ def stitch(
         lora_A = lora_B = None
     rows = as_rows(autocast(x))
     arguments = (rows, weight, bias, lora_A, lora_B)
-    op = _Stitch.apply if needs_grad(*arguments) else _forward_op
+    op = _apply if needs_grad(*arguments) else _forward_op
     y = op(*arguments, float(scaling))
     return from_rows(y, x)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import (
     as_rows,
     check_input,
@@ -141,6 +141,9 @@ class _StitchLayerNorm(torch.autograd.Function):
         return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None
 
 
+_apply = applied(_StitchLayerNorm)
+
+
 def stitch_layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -187,6 +190,6 @@ def stitch_layer_norm(
     rows = as_rows(autocast(x))
     stitch_arguments, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
     differentiable = needs_grad(*stitch_arguments, *norm)
-    op = _StitchLayerNorm.apply if differentiable else _forward_op
+    op = _apply if differentiable else _forward_op
     y, normed, *_ = op(*stitch_arguments, float(scaling), *norm, float(eps))
     return from_rows(y, x), from_rows(normed, x)
