@@ -17,7 +17,6 @@ from benchmarks.case import Trial
 from benchmarks.subject import Outputs, Phase, Shape, Subject, Tensors, Work
 from snkernels.ops import StitchGroup, multi_stitch_layer_norm
 
-NAMES = ("weight", "bias", "lora_A", "lora_B", "norm_weight", "norm_bias")
 Projection = Callable[[Tensors], Tensor]
 
 
@@ -40,13 +39,13 @@ def _make(shape: Shape) -> Tensors:
     tensors = {"x": torch.randn(rows, shape["K"])}
     one = Shape("", {name: shape[name] for name in "MKNr"} | {"M": 0})
     for i in range(groups):
-        own = stitching.make(one) | {name: torch.randn(shape["N"]) for name in NAMES[4:]}
-        tensors |= {f"{name}.{i}": value for name, value in own.items() if name in NAMES}
+        own = stitching.make(one) | {name: torch.randn(shape["N"]) for name in stitching.NAMES[4:]}
+        tensors |= {f"{name}.{i}": value for name, value in own.items() if name in stitching.NAMES}
     return tensors | {"offsets": torch.tensor([0, *itertools.accumulate(_sizes(rows, groups))])}
 
 
 def _groups(t: Tensors) -> list[Tensors]:
-    names = [name for name in NAMES if f"{name}.0" in t]
+    names = [name for name in stitching.NAMES if f"{name}.0" in t]
     return [{n: t[f"{n}.{i}"] for n in names} for i in range(len(t["offsets"]) - 1)]
 
 
@@ -134,6 +133,7 @@ SUBJECT = Subject(
     },
     work=_work,
     frozen=("weight",),
+    bare=lambda t: stitching.bare(t["x"], t["offsets"].tolist(), _groups(t), normalize=True),
 )
 
 

@@ -9,6 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.case import Trial
 from benchmarks.stitching import EPS, TOKENS, call
 from benchmarks.subject import Baseline, Outputs, Phase, Shape, Subject, Tensors, Work
+from snkernels.kernels import native
 from snkernels.ops import residual_layer_norm
 
 _KEEP = 0.5  # probability: of one sample and not of the next
@@ -61,6 +62,21 @@ def _ours(t: Tensors) -> Callable[[], Outputs]:
     return lambda: residual_layer_norm(t["h"], t["branch"], *scales, *norm)
 
 
+def _bare(t: Tensors) -> Callable[[], Outputs]:
+    """Without dropped paths: all rows are one sample's."""
+    h, norm = t["h"], (t["norm_weight"], t["norm_bias"], EPS)
+    outputs = native.norm_outputs(h, h.shape[1])
+    arguments = (h, t["branch"], t["layer_scale"], None, len(h), *norm, *outputs)
+    residual_layer_norm_forward = native._C.residual_layer_norm_forward
+    threads = torch.get_num_threads()
+
+    def run() -> Outputs:
+        residual_layer_norm_forward(*arguments, threads)
+        return outputs[:2]
+
+    return run
+
+
 def _work(shape: Shape, phase: Phase, itemsize: int) -> Work:
     """Forward: two matrices in, two out. Backward: both gradients, sum and branch in, two out."""
     matrices = 10 if phase == "forward+backward" else 4
@@ -77,6 +93,7 @@ SUBJECT = Subject(
     baselines={"addcmul": Baseline(lambda t: lambda: _addcmul(t))},
     work=_work,
     frozen=("drop_path_scale",),
+    bare=_bare,
 )
 
 

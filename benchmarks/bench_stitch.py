@@ -40,6 +40,7 @@ SUBJECT = Subject(
     baselines=stitching.baselines(_finish),
     work=_work,
     frozen=("weight",),
+    bare=lambda t: stitching.bare(t["x"], [0, len(t["x"])], [t], normalize=False),
 )
 
 

@@ -50,6 +50,7 @@ SUBJECT = Subject(
     baselines=stitching.baselines(_finish),
     work=_work,
     frozen=("weight",),
+    bare=lambda t: stitching.bare(t["x"], [0, len(t["x"])], [t], normalize=True),
 )
 
 

@@ -30,6 +30,7 @@ from snkernels.backends import BACKENDS, choose, obstacle, use_backend
 from snkernels.ops.library import OFFERED
 
 EAGER = "eager"
+BARE = "bare kernel"  # what is left of a call without torch and this library around it
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,20 @@ class Case:
         baselines = {EAGER: Baseline(lambda t: lambda: s.eager(t)), **s.baselines}
         if self.shape.compiled:
             baselines["torch.compile"] = Baseline(_compiled(s))
+        learns, runs = self.phase == "forward+backward", self._obstacle("cpu") is None
+        if s.bare and self.shape.calls > 1 and not learns and runs:
+            baselines[BARE] = Baseline(s.bare)
         entries = [Entry(n, b.bind, None, b.lacks, b.compared) for n, b in baselines.items()]
         bind = s.layer if self.phase == "inference" else s.ours
         for backend in BACKENDS:
-            runs = obstacle(backend, self.device.type, self.dtype) is None
             # On the CPU, Triton means its interpreter, whose speed says nothing.
             interpreted = backend == "triton" and self.device.type == "cpu"
-            if backend in OFFERED[s.op] and runs and not interpreted:
+            if backend in OFFERED[s.op] and self._obstacle(backend) is None and not interpreted:
                 entries.append(Entry(f"{backend} backend", bind, backend))
         return entries
+
+    def _obstacle(self, backend: str) -> str | None:
+        return obstacle(backend, self.device.type, self.dtype)
 
 
 def cases(subject: Subject, device: torch.device) -> list[Case]:

@@ -1,16 +1,19 @@
 """What the benchmarks of the stitching ops share: the paper's shapes, projections and work."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.subject import Baseline, Bind, Outputs, Phase, Shape, Tensors, Work
+from snkernels.kernels import native
 from snkernels.layers import StitchingLayer
 
 TOKENS = 197  # of a 224 × 224 image in patches of 16, with the class token
 EPS = 1e-6
+NAMES = ("weight", "bias", "lora_A", "lora_B", "norm_weight", "norm_bias")  # of a group
 
 Projection = Callable[[Tensors], Tensor]
 Finish = Callable[[Tensors, Tensor], Outputs]
@@ -116,6 +119,27 @@ def layer(t: Tensors) -> StitchingLayer:
         {name: t[name] for name in ("weight", "bias", "lora_A", "lora_B") if name in t}
     )
     return made
+
+
+def bare(
+    x: Tensor, offsets: Sequence[int], groups: Sequence[Tensors], normalize: bool
+) -> Callable[[], Outputs]:
+    """The compiled function that all stitching ops call, with its arguments and outputs ready."""
+    packed = [
+        (start, stop, scaling(own), *(own.get(name) for name in NAMES))
+        for (start, stop), own in zip(itertools.pairwise(offsets), groups, strict=True)
+    ]
+    features = len(groups[0]["weight"])
+    outputs = native.norm_outputs(x, features, normalize=normalize)
+    wanted = outputs if normalize else (outputs[0], None, None, None)
+    results = outputs[: 2 if normalize else 1]
+    stitch_forward, threads = native._C.stitch_forward, torch.get_num_threads()
+
+    def run() -> Outputs:
+        stitch_forward(x, packed, features, EPS, *wanted, threads)
+        return results
+
+    return run
 
 
 def work(shape: Shape, phase: Phase, itemsize: int, outputs: int) -> Work:

@@ -74,6 +74,8 @@ class Subject:
         baselines: the others by name.
         work: of a shape in a phase, for an element size in bytes.
         frozen: arguments that training does not change.
+        bare: binds arguments to the compiled function for CPUs alone, with nothing of torch or
+            this library around it, and outputs that stand ready; for shapes of many ``calls``.
     """
 
     op: str
@@ -85,6 +87,7 @@ class Subject:
     baselines: dict[str, Baseline]
     work: Callable[[Shape, Phase, int], Work]
     frozen: tuple[str, ...] = ()
+    bare: Bind | None = None
 
 
 def argument(name: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import model_record, plot
-from benchmarks.case import EAGER
+from benchmarks.case import BARE, EAGER
 from benchmarks.model_record import ModelRecord
 from benchmarks.schema import RESULTS, CaseResult, EntryResult, Record
 from benchmarks.timing import Spread
@@ -50,7 +50,7 @@ def markdown(record: Record, op: str | None = None) -> str:
     parts = [_provenance(record)]
     for (name, phase, dtype), cases in groups.items():
         parts.append(f"**`{name}`, {phase}, {dtype}**\n\n{_table(cases)}")
-        parts += _remarks(cases)
+        parts += [*_overheads(cases), *_remarks(cases)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
@@ -70,7 +70,7 @@ def _provenance(record: Record) -> str:
 def _table(cases: Sequence[CaseResult]) -> str:
     """One row per shape and kernel of this library."""
     entries = [entry for case in cases for entry in case.entries]
-    others = list(dict.fromkeys(entry.name for entry in entries if not entry.ours))
+    others = list(dict.fromkeys(e.name for e in entries if not e.ours and e.name != BARE))
     launched = any(entry.launch_seconds for entry in entries)
     head = ["shape", *cases[0].sizes, "kernel", "µs", "eager µs"]
     head += ["launch µs", "eager launch µs"] if launched else []
@@ -86,6 +86,20 @@ def _table(cases: Sequence[CaseResult]) -> str:
             row += [_ratio(ours, name) for name in others]
             rows.append([*row, _share(ours, case)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _overheads(cases: Sequence[CaseResult]) -> list[str]:
+    """A line for each kernel that was timed beside itself with nothing around it."""
+    lines = []
+    for case in cases:
+        micros = {e.name: e.seconds.median * 1e6 for e in case.entries if e.seconds}
+        lines += [
+            f"*{case.shape}*, {ours.name}: {micros[ours.name] - micros[BARE]:.3g} µs over the bare "
+            f"kernel, which takes {micros[BARE]:.3g} µs where its outputs stand ready."
+            for ours in case.entries
+            if ours.ours and {ours.name, BARE} <= micros.keys()
+        ]
+    return lines
 
 
 def _remarks(cases: Sequence[CaseResult]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.case import Bench, Case, Entry, cases
+from benchmarks.case import BARE, Bench, Case, Entry, cases
 from benchmarks.subject import PHASES, Outputs, Phase, Shape, Subject, Tensors, subjects
 from snkernels.kernels import native
 from snkernels.ops.library import OFFERED
@@ -41,6 +41,29 @@ def test_every_kernel_stands_beside_the_five_baselines(subject: Subject) -> None
     assert names == [*baselines, "torch backend", "cpu backend"]
     assert [entry.name for entry in largest.entries() if entry.ours] == ["cpu backend"]
     assert len([case for case in cases(subject, torch.device("cpu")) if case.shape.compiled]) == 6
+
+
+@pytest.mark.parametrize("op", [op for op, subject in SUBJECTS.items() if subject.bare])
+def test_a_call_stands_beside_the_bare_kernel(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cases(SUBJECTS[op], torch.device("cpu"))
+    bare = {case: e for case in found for e in case.entries() if e.name == BARE}
+    assert {(case.shape.label, case.phase) for case in bare} == {
+        ("call", "inference"),
+        ("call", "forward"),
+    }
+    for case, entry in bare.items():
+        bench = Bench(case)
+        (call,) = bench.calls(entry)
+        outputs = call()
+        for output in outputs:
+            output.fill_(torch.nan)
+        again = call()
+        assert [y.data_ptr() for y in again] == [y.data_ptr() for y in outputs]
+        assert bench.check(dataclasses.replace(entry, bind=lambda _, y=again: lambda: y)) is None
+        assert bench.check(entry) is None
+    monkeypatch.setattr(native, "IMPORT_ERROR", "it is not there")
+    names = {e.name for case in bare for e in case.entries()}
+    assert not names & {BARE, "cpu backend"}
 
 
 @pytest.mark.parametrize("phase", PHASES)

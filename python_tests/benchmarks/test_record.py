@@ -116,6 +116,25 @@ def test_the_table_has_a_row_per_shape_and_kernel(path: Path) -> None:
         table.markdown(record, "stich")
 
 
+def test_the_table_tells_what_a_call_costs_over_the_bare_kernel(
+    small: dict[str, Subject], tmp_path: Path
+) -> None:
+    call = Shape("call", {"M": 1, "K": 8, "N": 8, "r": 4}, calls=2)
+    small["stitch"] = dataclasses.replace(small["stitch"], shapes=lambda images: [call])
+    path = tmp_path / "call.json"
+    assert recorder.main(["--ops", "stitch", "--out", str(path), *ARGUMENTS]) == 0
+    text = path.with_suffix(".md").read_text()
+    assert "× bare kernel" not in text
+    for case in Record.load(path).cases:
+        micros = {entry.name: entry.seconds.median * 1e6 for entry in case.entries}
+        if case.phase == "forward+backward":
+            assert "bare kernel" not in micros
+        else:
+            ours, bare = micros["cpu backend"], micros["bare kernel"]
+            assert f"*call*, cpu backend: {ours - bare:.3g} µs over" in text
+            assert f"which takes {bare:.3g} µs" in text
+
+
 def test_no_speed_for_a_kernel_that_fails(
     small: dict[str, Subject], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,13 +55,19 @@ def test_a_kernel_that_failed_reaches_nothing() -> None:
     assert lines(record(small)) == ["no case of the record is one that a target is about"]
 
 
-def test_a_call_is_held_against_a_time() -> None:
+@pytest.mark.parametrize(
+    ("micros", "verdict"), [(25.6, "met     1.25 of 1   "), (40, "MISSED  0.80 of 1   ")]
+)
+def test_a_call_may_cost_so_much_over_the_bare_kernel(micros: float, verdict: str) -> None:
     sizes = {"M": 1, "K": 8, "N": 8, "r": 4}
-    call = case("stitch", "forward", 0, sizes, eager=20e-6, cpu_backend=24e-6)
-    (line,) = lines(record(call, device="cpu"))
-    assert (
-        line == "met     1.25 of 1     stitch M1 K8 N8 r4 forward, times over 30 µs (cpu backend)"
+    timed = {"eager": 20e-6, "cpu_backend": micros * 1e-6}
+    text = "  stitch M1 K8 N8 r4 forward, times over bare kernel + 30 µs"
+    (line,) = lines(
+        record(case("stitch", "forward", 0, sizes, **timed, bare_kernel=2e-6), device="cpu")
     )
+    assert line == f"{verdict}{text} (cpu backend)"
+    (line,) = lines(record(case("stitch", "forward", 0, sizes, **timed), device="cpu"))
+    assert line == f"not measured        {text}"
 
 
 @pytest.mark.parametrize(("device", "images"), [("cuda", 64), ("cpu", 8)])
