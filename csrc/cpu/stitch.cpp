@@ -64,6 +64,10 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // the weight packed.
 constexpr int64_t HIGH = 6 * MR, WHOLE = 12 * MR;
 
+// Up to so many rows a group without a low-rank part and LayerNorm, which needs whole rows, is dealt
+// out by columns: each panel of the weight meets all rows as soon as it is packed.
+constexpr int64_t FEW = 24 * MR;
+
 int64_t bands_of(int64_t rows, int64_t rows_per_thread) {
   if (rows <= WHOLE && rows <= rows_per_thread) return smaller(rows, 1);
   const int64_t sharing = ceil_div(rows, rows_per_thread), slices = ceil_div(rows, MR);
@@ -74,14 +78,14 @@ int64_t bands_of(int64_t rows, int64_t rows_per_thread) {
 class Plan {
  public:
   // `project(group)` gives the projection, `wanted(group)` says whether the low-rank intermediate
-  // is needed for itself, `rows_wanted` whether the projected rows are. False without memory.
+  // is needed for itself, `rows_wanted` whether the projected rows are, `by_columns` whether they may
+  // be made column by column. False without memory.
   template <typename Project, typename Wanted>
   bool make(const StitchGroup* groups, int64_t count, int threads, bool rows_wanted,
-            Project project, Wanted wanted) {
+            bool by_columns, Project project, Wanted wanted) {
     entries_ = reinterpret_cast<Entry*>(memory_.take(count * sizeof(Entry) / sizeof(float)));
     if (entries_ == nullptr) return false;
-    bands.clear();
-    packings.clear();
+    bands.clear(), packings.clear(), slicings.clear(), strips.clear();
     int64_t rows = 0, packed = 0;
     for (int64_t g = 0; g < count; ++g) rows += groups[g].last - groups[g].first;
     const int64_t rows_per_thread = ceil_div(rows, threads);
@@ -89,9 +93,17 @@ class Plan {
     for (int64_t g = 0; g < count; ++g) {
       const int64_t M = groups[g].last - groups[g].first;
       const int64_t parts = bands_of(M, larger(rows_per_thread, 1));
-      if (!bands.add_parts(g, M, parts, MR)) return false;
       Entry& entry = entries_[g] = {project(groups[g]), -1};
       Projection& p = entry.projection;
+      if (by_columns && parts > 1 && M <= FEW && p.rank() == 0 && !groups[g].identity()) {
+        entry.packed = packed;
+        packed += Parts::padded(slices_size(M, p.terms()));
+        room_ = larger(room_, p.panel_size() + VL);
+        if (!slicings.add_parts(g, M, ceil_div(M, 4 * MR), MR)) return false;
+        if (!strips.add_parts(g, p.panels(), p.panels(), 1)) return false;
+        continue;
+      }
+      if (!bands.add_parts(g, M, parts, MR)) return false;
       const int64_t height = parts == 0 ? 0 : ceil_div(ceil_div(M, MR), parts) * MR;
       highest_ = larger(highest_, height);
       stride_ = larger(stride_, low_rank_stride(p.rank()));
@@ -113,7 +125,7 @@ class Plan {
 
   const Projection& projection(int64_t group) const { return entries_[group].projection; }
   // Threads that are worth waking: one does a single band as fast.
-  int threads(int most) const { return bands.size() > 1 ? most : 1; }
+  int threads(int most) const { return bands.size() + strips.size() > 1 ? most : 1; }
   // Null where the weight is not packed beforehand.
   const float* packed(int64_t group) const {
     return entries_[group].packed < 0 ? nullptr : packed_ + entries_[group].packed;
@@ -124,6 +136,24 @@ class Plan {
     prepare_packing(p, room);
     pack_panels(p, task.begin, task.end, packed_ + entry.packed + task.begin * p.panel_size(), room);
   }
+  // Of a group by columns: its rows x as slices, then panels of y = x Wᵀ + b from all slices.
+  void slice(const Task& task, const View& x) const {
+    const Entry& entry = entries_[task.group];
+    pack_slices(rows_of(x, task.begin, task.end - task.begin),
+                packed_ + entry.packed + task.begin * entry.projection.terms());
+  }
+  void project_strip(const Task& task, const View& y, const float* bias, float* room) const {
+    const Entry& entry = entries_[task.group];
+    const Projection& p = entry.projection;
+    for (int64_t panel = task.begin; panel < task.end; ++panel) {
+      const int64_t j = panel * NR, cols = smaller(NR, p.weight.rows - j);
+      float* c = static_cast<float*>(y.data) + j;
+      pack_panels(p, panel, panel + 1, room, nullptr);
+      times_panel(false, y.rows, p.terms(), packed_ + entry.packed, room, c, y.row_stride, cols);
+      for (int64_t i = 0; i < y.rows; ++i)
+        for (int64_t k = 0; k < cols; ++k) c[i * y.row_stride + k] += bias[j + k];
+    }
+  }
   // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
   // of a low-rank intermediate.
   int64_t room() const { return room_; }
@@ -131,7 +161,7 @@ class Plan {
   int64_t stride() const { return stride_; }
   void release_if_large() { packed_memory_.release_if_large(); }
 
-  Tasks bands, packings;
+  Tasks bands, packings, slicings, strips;
 
  private:
   struct Entry {
@@ -150,7 +180,7 @@ Status stitch_forward(const StitchForward& p) {
   static thread_local Plan plan_of_thread;
   Plan& plan = plan_of_thread;
   const bool made = plan.make(
-      p.groups, p.count, p.threads, true,
+      p.groups, p.count, p.threads, true, !p.normed && in_place(p.y),
       [](const StitchGroup& g) { return Projection{g.weight, g.lora_A, g.lora_B, g.scaling}; },
       [](const StitchGroup&) { return false; });
   if (!made) return Status::out_of_memory;
@@ -173,9 +203,22 @@ Status stitch_forward(const StitchForward& p) {
     }
     float *room = parts.take(), *s = parts.take(), *band_y = parts.take(), *bias = parts.take();
     float *norm_weight = parts.take(), *norm_bias = parts.take();
+    const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
+      return rows_of(view, group.first, group.last - group.first);
+    };
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < plan.slicings.size(); ++i)
+      plan.slice(plan.slicings[i], rows_of_group(p.x, p.groups[plan.slicings[i].group]));
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.packings.size(); ++i)
       if (parts) plan.pack(plan.packings[i], room);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < plan.strips.size(); ++i) {
+      if (!parts) continue;
+      const StitchGroup& group = p.groups[plan.strips[i].group];
+      read_or(group.bias, 0.0f, N, bias);
+      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), bias, room);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.bands.size(); ++i) {
       if (!parts) continue;
@@ -229,7 +272,7 @@ Status stitch_backward(const StitchBackward& p) {
   const int64_t M = p.x.rows, K = p.x.cols, N = (norm ? p.grad_normed : p.grad_y).cols;
   const int64_t width = (norm ? 3 : 1) * N;
   const bool made = plan.make(
-      p.groups, p.count, p.threads, bool(p.grad_x),
+      p.groups, p.count, p.threads, bool(p.grad_x), false,
       [](const StitchGroup& g) {
         return Projection{g.weight.transposed(), g.lora_B.transposed(), g.lora_A.transposed(),
                           g.scaling};
