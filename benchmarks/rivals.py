@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from snkernels import StitchedViT
 from snkernels.models.blocks import Block
-from snkernels.ops import residual_layer_norm
+from snkernels.ops import linear, residual_layer_norm
 from snkernels.routing.space import Route, Stitch
 
 Projection = Callable[[StitchedViT, Stitch, Tensor], Tensor]
@@ -94,9 +94,9 @@ def fused_loop(model: StitchedViT, route: Route, images: Tensor) -> Tensor:
             if last:
                 branch, h = _class_token(block.attn, normed), h[:, :1]
             else:
-                branch = block.attn(normed)
+                branch = _attention(block.attn, normed)
             h, normed = _add(h, branch, block.ls1.gamma, block.norm2)
-            h, normed = _add(h, block.mlp(normed), block.ls2.gamma, following)
+            h, normed = _add(h, _mlp(block.mlp, normed), block.ls2.gamma, following)
     return vit.head(normed[:, 0])
 
 
@@ -104,11 +104,25 @@ def _add(h: Tensor, branch: Tensor, gamma: Tensor, norm: nn.LayerNorm) -> tuple[
     return residual_layer_norm(h, branch, gamma, None, norm.weight, norm.bias, norm.eps)
 
 
+def _attention(attention: nn.Module, x: Tensor) -> Tensor:
+    qkv = _linear(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
+    attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    return _linear(attention.proj, attended.transpose(1, 2).flatten(2))
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return _linear(mlp.fc2, mlp.act(_linear(mlp.fc1, x)))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
+
+
 def _class_token(attention: nn.Module, x: Tensor) -> Tensor:
     width, heads = x.shape[-1], (attention.num_heads, -1)
     weight, bias = attention.qkv.weight, attention.qkv.bias
     q = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, heads).transpose(1, 2)
-    kv = F.linear(x, weight[width:], bias[width:]).unflatten(-1, (2, *heads))
+    kv = linear(x, weight[width:], bias[width:]).unflatten(-1, (2, *heads))
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     attended = F.scaled_dot_product_attention(q, k, v)
     return attention.proj(attended.transpose(1, 2).flatten(2))

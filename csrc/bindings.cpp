@@ -138,6 +138,7 @@ void bind_cpu(py::module_& m) {
     for (const char* const* name = supported_isas(); *name != nullptr; ++name) names.append(*name);
     return names;
   }, "Instruction sets that this machine runs, best first.");
+  m.def("cpu_is_amd", &is_amd, "Whether AMD made this machine's CPU.");
   m.def("cpu_use_isa", [](const std::string& name) {
     if (!use_isa(name.c_str())) throw py::value_error("this machine cannot run " + name);
   }, "Makes the CPU kernels use another instruction set.");

@@ -25,6 +25,8 @@ PROVEN: dict[tuple[str, str], tuple[str, str]] = {
     (op, "cpu"): ("cpu", "benchmarks/results/cpu-2026-11-25.md")
     for op in ("multi_stitch", "residual_layer_norm", "stitch", "stitch_layer_norm")
 }
+if native.AMD_WITH_AVX512:
+    PROVEN["linear", "cpu"] = PROVEN["stitch", "cpu"]
 
 
 # What those records were made with; nothing is proven of another dtype.

@@ -68,6 +68,14 @@ const char* const* supported_isas() {
   return names;
 }
 
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 bool use_isa(const char* name) {
   for (const Isa& isa : isas)
     if (isa.runs_here && std::strcmp(isa.name, name) == 0) {

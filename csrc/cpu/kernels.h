@@ -19,5 +19,7 @@ const char* isa();
 const char* const* supported_isas();
 // False, and nothing changed, where this machine cannot run it.
 bool use_isa(const char* name);
+// Whether AMD made this machine's CPU.
+bool is_amd();
 
 }  // namespace snk::cpu

@@ -45,12 +45,16 @@ def arguments(dtype: torch.dtype, shape: Shape = SHAPE) -> dict[str, tuple]:
     }
 
 
+# `linear` is no op of its own, but a choice between torch's and `stitch`.
+NAMES = [name for name in OFFERED if name != "linear"]
+
+
 def test_every_op_has_arguments_here() -> None:
-    assert arguments(torch.float32).keys() == OFFERED.keys()
+    assert list(arguments(torch.float32)) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", list(OFFERED))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["torch", DEVICE])
 def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
     if dtype == torch.float64:
@@ -59,7 +63,7 @@ def test_opcheck(name: str, dtype: torch.dtype, backend: str) -> None:
         torch.library.opcheck(getattr(torch.ops.snkernels, name).default, arguments(dtype)[name])
 
 
-@pytest.mark.parametrize("name", list(OFFERED))
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["torch", DEVICE])
 def test_opcheck_of_columns_one_after_another(name: str, backend: str) -> None:
     """Outputs are laid out as the fake says, whatever the inputs are, or compiled code fails."""

@@ -20,6 +20,14 @@ try:
 except ImportError as error:
     IMPORT_ERROR = str(error)
 
+# Where the GEMM of the CPU kernels was measured against that of MKL, which is made for other CPUs.
+AMD_WITH_AVX512: bool = (
+    _C is not None
+    and _C.cpu_is_amd()
+    and _C.cpu_isa() == "avx512"
+    and torch.backends.mkl.is_available()
+)
+
 # What a function of the compiled module is told of a tensor in GPU memory.
 View = tuple[int, int, int, int, int, int]
 _cuda_view: Callable[[str, Tensor | None, int, int], View | None]

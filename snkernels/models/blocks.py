@@ -13,11 +13,17 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snkernels.backends import choose
 from snkernels.layers import is_layer_norm
+from snkernels.models.branches import (
+    attend_from_class_token,
+    class_name,
+    in_parts,
+    is_plain_attention,
+    is_untouched,
+)
 from snkernels.ops import residual_layer_norm
 from snkernels.ops.library import OFFERED
 
@@ -37,11 +43,6 @@ _LAYER_SCALES = {
     "timm.models.vision_transformer.LayerScale",
 }
 _DROP_PATHS = {"snkernels.models.vit.DropPath", "timm.layers.drop.DropPath"}
-_ATTENTIONS = {
-    "snkernels.models.vit.Attention",
-    "timm.layers.attention.Attention",
-    "timm.models.vision_transformer.Attention",
-}
 
 
 def entry_norm(block: Block) -> nn.LayerNorm | None:
@@ -54,8 +55,8 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
     parts = block._modules
     norm = parts["norm1"]
     fits = (
-        _class_name(block) in _BLOCKS
-        and _is_untouched(block)
+        class_name(block) in _BLOCKS
+        and is_untouched(block)
         and is_plain_norm(norm)
         and is_plain_norm(parts["norm2"])
         and _is_identity_or_in(parts["ls1"], _LAYER_SCALES)
@@ -92,10 +93,12 @@ def run_block(
     if normed is None:
         normed = norm(h)
     attention, mlp = block.attn, block.mlp
-    if class_token_only and _is_plain(attention):
+    if class_token_only and is_plain_attention(attention):
         # Called as what it was before it was compiled, which for one token it would be anew.
         mlp = mlp._call_impl
-        attention, h = partial(_attend_from_class_token, attention), h[:, :1]
+        attention, h = partial(attend_from_class_token, attention), h[:, :1]
+    elif _has_kernel("linear", h):
+        attention, mlp = in_parts(attention), in_parts(mlp)
     # Branches have no name, which would keep them while the next one is computed.
     h, normed = _add(h, *_branch(attention, normed, block.drop_path1), block.ls1, block.norm2)
     stream += _add(h, *_branch(mlp, normed, block.drop_path2), block.ls2, following)
@@ -103,31 +106,12 @@ def run_block(
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether a norm is a LayerNorm as it was made, so that another op may compute it."""
-    return is_layer_norm(norm) and _is_untouched(norm)
+    return is_layer_norm(norm) and is_untouched(norm)
 
 
 def _is_identity_or_in(module: nn.Module, classes: set[str]) -> bool:
-    known = type(module) is nn.Identity or _class_name(module) in classes
-    return known and _is_untouched(module)
-
-
-def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says and nothing else, and does it here."""
-    return module._compiled_call_impl is None and _is_unhooked(module)
-
-
-def _is_unhooked(module: nn.Module) -> bool:
-    return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in vars(module)
-    )
+    known = type(module) is nn.Identity or class_name(module) in classes
+    return known and is_untouched(module)
 
 
 def _branch(
@@ -167,7 +151,7 @@ def _add(
     torch's own LayerNorm.
     """
     gamma = getattr(layer_scale, "gamma", None)
-    if norm is not None and _has_kernel(h):
+    if norm is not None and _has_kernel("residual_layer_norm", h):
         return residual_layer_norm(h, branch, gamma, scale, norm.weight, norm.bias, norm.eps)
     if scale is not None:
         branch = branch * scale.to(branch.dtype).view(-1, 1, 1)
@@ -175,38 +159,5 @@ def _add(
     return h, None if norm is None else norm(h)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    op = "residual_layer_norm"
+def _has_kernel(op: str, x: Tensor) -> bool:
     return choose(op, OFFERED[op], x.device.type, x.dtype).backend != "torch"
-
-
-def _is_plain(attention: nn.Module) -> bool:
-    """Whether attention is qkv, softmax and proj, and nothing else in its present mode."""
-    others = [m for name, m in attention.named_children() if name not in ("qkv", "proj")]
-    return (
-        _class_name(attention) in _ATTENTIONS
-        and type(attention.qkv) is nn.Linear
-        and _is_unhooked(attention)
-        and _is_untouched(attention.qkv)
-        and all(
-            _is_untouched(m)
-            and (
-                isinstance(m, nn.Identity)
-                or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
-            )
-            for m in others
-        )
-    )
-
-
-def _attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
-    """Map tokens (B, N, width) to the first token of what ``attention`` gives, (B, 1, width)."""
-    linear = attention.qkv
-    width = linear.out_features // 3
-    q_weight, kv_weight = linear.weight.split((width, 2 * width))
-    q_bias, kv_bias = (None, None) if linear.bias is None else linear.bias.split((width, 2 * width))
-    heads = attention.num_heads
-    q = F.linear(x[:, :1], q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-    kv = F.linear(x, kv_weight, kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, *kv.unbind(0))
-    return attention.proj(attended.transpose(1, 2).flatten(2))

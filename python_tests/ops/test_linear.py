@@ -1,0 +1,128 @@
+"""``linear``: what it computes wherever it is computed, and where that is."""
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from device import DEVICE
+from torch import Tensor
+
+from python_tests.judge import assert_as_exact_as_torch
+from snkernels import backends
+from snkernels.kernels import native
+from snkernels.ops import linear
+from snkernels.ops.library import OFFERED
+
+OP = "linear"
+module = importlib.import_module(
+    "snkernels.ops.linear"
+)  # the package has the function's name there
+
+about_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory")
+
+
+def operands(rows: int, K: int, N: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    tensors = torch.randn(rows, K), torch.randn(N, K) * K**-0.5, torch.randn(N)
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("rows", "K", "N"),
+    # Few rows go by columns of the weight, and many by bands; with edges of both.
+    [(1, 1, 1), (5, 3, 70), (90, 300, 64), (61, 40, 33), (400, 64, 96), (0, 4, 3)],
+)
+def test_it_is_a_linear_layer(backend: str, rows: int, K: int, N: int, has_bias: bool) -> None:
+    tensors = operands(rows, K, N)
+    grad = torch.randn(rows, N)
+    wanted = tensors if has_bias else tensors[:2]
+
+    def results(function: object, dtype: torch.dtype) -> list[Tensor]:
+        own = [t.detach().to(dtype).requires_grad_() for t in wanted]
+        y = function(*own) if has_bias else function(*own, None)
+        return [y.detach(), *torch.autograd.grad(y, own, grad.to(dtype))]
+
+    actual = results(linear, torch.float32)
+    torchs, exact = results(F.linear, torch.float32), results(F.linear, torch.float64)
+    for name, *values in zip(("y", "x", "weight", "bias"), actual, torchs, exact, strict=False):
+        assert_as_exact_as_torch(name, *values)
+
+
+@about_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_whatever_comes_with_it(backend: str, dtype: torch.dtype) -> None:
+    """Whether dealt out by columns or by bands, to however many threads."""
+    if backend == "torch":
+        pytest.skip("torch's own GEMM promises nothing of the kind")
+    x, weight, bias = (t.detach() for t in operands(700, 530, 75, dtype))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            whole = linear(x, weight, bias)
+            for rows in (1, 13, 90, 140, 280):
+                assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Who computed each call, on a machine where the kernel is known to be faster."""
+    made: list[str] = []
+    kernel, torchs = module.stitch, F.linear
+
+    def counted(name: str, function: object) -> object:
+        def call(*args: object) -> object:
+            made.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(module, "stitch", counted("kernel", kernel))
+    monkeypatch.setattr(module.F, "linear", counted("torch", torchs))
+    monkeypatch.setitem(backends.PROVEN, ("linear", "cpu"), ("cpu", "a record"))
+    backends.choose.cache_clear()
+    yield made
+    monkeypatch.undo()
+    backends.choose.cache_clear()
+
+
+@about_the_cpu
+def test_the_kernel_computes_what_is_large_enough(calls: list[str]) -> None:
+    assert native.IMPORT_ERROR is None
+    large, small = operands(65, 1024, 1024), operands(63, 1024, 1024)
+    linear(*large)
+    linear(*small)
+    linear(small[0].view(7, 9, 1024), *small[1:])
+    assert calls == ["kernel", "torch", "torch"]
+    calls.clear()
+    for backend, who in (("cpu", "kernel"), ("torch", "torch"), ("triton", "torch")):
+        with backends.use_backend(backend):
+            linear(*small)
+            linear(*large)
+        assert calls == [who] * 2
+        calls.clear()
+
+
+@about_the_cpu
+def test_torch_computes_what_was_not_measured(calls: list[str]) -> None:
+    large = operands(65, 1024, 1024)
+    half = [t.detach().bfloat16() for t in large]
+    linear(*half)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(*large).dtype == torch.bfloat16
+    linear(*(t.detach().double() for t in large))
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*large), F.linear(*large))
+    assert "kernel" not in calls
+
+
+@about_the_cpu
+def test_it_is_chosen_only_where_it_was_recorded() -> None:
+    chosen = backends.choose("linear", OFFERED["linear"], "cpu", torch.float32).backend
+    assert chosen == ("cpu" if native.AMD_WITH_AVX512 else "torch")
+    assert backends.choose("linear", OFFERED["linear"], "cuda", torch.float32).backend == "torch"

@@ -1,0 +1,110 @@
+"""The branches of a block, attention and MLP, part by part.
+
+So their linear layers run by ``ops.linear``, and attention can be that of the class token alone.
+Parts whose class is known, and that nobody has hooked, wrapped or compiled, are run here; whatever
+else there is, is called as the module that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snkernels.ops import linear
+
+# Classes whose forward is known to be what is done here part by part.
+_ATTENTIONS = {
+    "snkernels.models.vit.Attention",
+    "timm.layers.attention.Attention",
+    "timm.models.vision_transformer.Attention",
+}
+_MLPS = {"snkernels.models.vit.Mlp", "timm.layers.mlp.Mlp"}
+
+
+def in_parts(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what maps tokens (B, N, width) as ``module`` does, part by part where that may be."""
+    if module._compiled_call_impl is None:
+        if is_plain_attention(module):
+            return partial(_attend, module)
+        if class_name(module) in _MLPS and _does_nothing_but(module, "fc1", "act", "fc2"):
+            return partial(_map, module)
+    return module
+
+
+def is_plain_attention(module: nn.Module) -> bool:
+    """Whether a module is qkv, softmax and proj, and nothing else in its present mode."""
+    return class_name(module) in _ATTENTIONS and _does_nothing_but(module, "qkv", "proj")
+
+
+def attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
+    """Map tokens (B, N, width) to the first token of what plain ``attention`` gives, (B, 1, width).
+
+    The module's own qkv is not called if it is a linear layer: most of the queries are not needed.
+    """
+    qkv = attention.qkv
+    if not _is_linear(qkv):
+        return _attend(attention, x)[:, :1]
+    width = qkv.out_features // 3
+    q_weight, kv_weight = qkv.weight.split((width, 2 * width))
+    q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
+    heads = attention.num_heads
+    q = linear(x[:, :1], q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+    kv = linear(x, kv_weight, kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, *kv.unbind(0))
+    return _project(attention.proj, attended.transpose(1, 2).flatten(2))
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says and nothing else, and does it here."""
+    return module._compiled_call_impl is None and _is_unhooked(module)
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _does_nothing_but(module: nn.Module, *parts: str) -> bool:
+    """Whether a module is these parts one after another, its others doing nothing at present."""
+    others = (m for name, m in module._modules.items() if m is not None and name not in parts)
+    return _is_unhooked(module) and all(
+        is_untouched(m)
+        and (
+            isinstance(m, nn.Identity)
+            or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
+        )
+        for m in others
+    )
+
+
+def _attend(attention: Any, x: Tensor) -> Tensor:
+    qkv = _project(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
+    attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+    return _project(attention.proj, attended.transpose(1, 2).flatten(2))
+
+
+def _map(mlp: Any, x: Tensor) -> Tensor:
+    return _project(mlp.fc2, mlp.act(_project(mlp.fc1, x)))
+
+
+def _project(module: Any, x: Tensor) -> Tensor:
+    out: Tensor = linear(x, module.weight, module.bias) if _is_linear(module) else module(x)
+    return out
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and is_untouched(module)
