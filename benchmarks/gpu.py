@@ -34,6 +34,7 @@ import torch
 
 import snkernels.ops  # noqa: F401 - fills OFFERED
 from benchmarks import model_record, targets
+from benchmarks.case import GPU_BACKENDS
 from benchmarks.model_record import ModelRecord
 from benchmarks.schema import Record
 from snkernels.ops.library import OFFERED
@@ -41,7 +42,6 @@ from snkernels.ops.library import OFFERED
 SECONDS = 520.0
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
-GPU_BACKENDS = ("triton", "cuda")
 # Most wanted first: what runs out of time is at the end.
 SANITIZING = 110.0  # seconds for compute-sanitizer, whose tools run side by side
 RECORDED = ("stitch_layer_norm", "multi_stitch", "residual_layer_norm", "stitch")

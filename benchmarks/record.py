@@ -131,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or RESULTS / f"{device.type}-{now:%Y-%m-%d}.json"
     (commit, dirty), described = machine.commit(), machine.describe()
     todo = [case for op in options.ops for case in cases(known[op], device)]
+    if not todo:
+        sys.exit(f"no kernel of {', '.join(options.ops)} runs on {device.type}")
     if options.prepare:
         record = None
     elif options.add and out.exists():

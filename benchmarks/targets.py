@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.case import BARE, EAGER
 from benchmarks.schema import CaseResult, Record
+from benchmarks.subject import PHASES
 
 ROOFLINE = "roofline"
 # A rival that nobody timed: the bare kernel, and what torch and this library may add to a call.
@@ -82,6 +83,7 @@ _ON_CPU = [
         Target("multi_stitch", phase, "merged", 0.97, (("M", _ROWS),))
         for phase in ("inference", "forward")
     ),
+    *(Target("linear", phase, EAGER, 0.97, (("M", _ROWS),)) for phase in PHASES),
     *(
         Target(op, "forward", CALL, 1, (("M", 1),))
         for op in ("stitch", "residual_layer_norm", "stitch_layer_norm", "multi_stitch")

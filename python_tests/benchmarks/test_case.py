@@ -126,6 +126,20 @@ def test_a_gradient_that_is_missing_must_be_declared(subject: Subject) -> None:
         bench.check(dataclasses.replace(merged, lacks=("lora_B",)))
 
 
+def test_a_linear_layer_learns_all_and_has_the_work_of_three_gemms() -> None:
+    case = tiny(SUBJECTS["linear"])
+    bench = Bench(case)
+    assert all(leaf.requires_grad for leaf in bench.arguments[0].values())
+    assert [entry.name for entry in case.entries()] == ["eager", "torch backend", "cpu backend"]
+    for entry in case.entries():
+        assert bench.check(entry) is None, entry.name
+    x, y, weight, gemm = 30 * 40, 30 * 50, 40 * 50, 2 * 30 * 40 * 50
+    work = SUBJECTS["linear"].work
+    forward, step = work(TINY, "forward", 4), work(TINY, "forward+backward", 4)
+    assert (forward.flops, forward.bytes) == (gemm, 4 * (x + weight + y))
+    assert (step.flops, step.bytes) == (3 * gemm, 4 * (3 * x + 3 * weight + 2 * y))
+
+
 def test_work_counts_every_gemm_and_tensor_once() -> None:
     work = SUBJECTS["stitch_layer_norm"].work
     x, y, weight, low_rank = 30 * 40, 30 * 50, 40 * 50, 4 * 90

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import record as recorder
 from benchmarks import table
@@ -219,6 +220,14 @@ def test_no_case_begins_after_the_limit(
     assert recorder.main(["--out", str(tmp_path / "a.json"), "--limit", "0", *ARGUMENTS]) == 1
     assert "no time was left for stitch-S2L-M30" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_op_without_a_kernel_for_the_device_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recorder.machine, "default_device", lambda: torch.device("cuda"))
+    with pytest.raises(SystemExit, match="no kernel of linear runs on cuda"):
+        recorder.main(["--ops", "linear"])
 
 
 def test_preparing_checks_and_records_nothing(small: dict[str, Subject], tmp_path: Path) -> None:
