@@ -34,7 +34,8 @@ inline void transpose(vec* rows) {
 }
 
 // out[k][0..WIDTH) = the k-th terms of `count` vectors: vector i starts at in + i · vector_stride
-// and has its terms `term_stride` apart. Writes up to VL floats past the end of out.
+// and has its terms `term_stride` apart. Not a float more is written: what lies behind may be a slice
+// that another thread has packed.
 template <int WIDTH, typename T>
 inline void pack_slice(const T* in, int64_t vector_stride, int64_t term_stride, int64_t count,
                        int64_t terms, float* out) {
@@ -58,7 +59,12 @@ inline void pack_slice(const T* in, int64_t vector_stride, int64_t term_stride, 
                           : vec{};
           transpose(rows);
 #pragma GCC unroll 16
-          for (int i = 0; i < VL; ++i) store(out + (k + i) * WIDTH + group, rows[i]);
+          for (int i = 0; i < VL - 1; ++i) store(out + (k + i) * WIDTH + group, rows[i]);
+          float* last = out + (k + VL - 1) * WIDTH + group;
+          if (group + VL <= WIDTH || k + VL < terms)
+            store(last, rows[VL - 1]);
+          else
+            std::memcpy(last, &rows[VL - 1], (WIDTH - group) * sizeof(float));
         }
   }
   for (; k < terms; ++k)
@@ -83,7 +89,7 @@ inline void pack_slices(const View& view, float* out) {
   for (int64_t i = 0; i < view.rows; i += MR)
     pack<MR>(view, i, smaller(MR, view.rows - i), 0, view.cols, out + i * view.cols);
 }
-inline int64_t slices_size(int64_t rows, int64_t terms) { return round_up(rows, MR) * terms + VL; }
+inline int64_t slices_size(int64_t rows, int64_t terms) { return round_up(rows, MR) * terms; }
 
 // c (MR × NR) = or += aᵀ b, where a has MR and b has NR values per term.
 template <bool ADD>
@@ -160,12 +166,12 @@ inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t fi
 // lie in rows of floats.
 constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that lines of u are used whole
 inline int64_t transposed_product_size(int64_t cols) {
-  return STRIP * round_up(cols, NR) + (STRIP + NR) * KC + 2 * VL;
+  return STRIP * round_up(cols, NR) + (STRIP + NR) * KC;
 }
 inline void transposed_product(const View& u, const View& v, int64_t first, int64_t count,
                                const View& out, float* room) {
   const int64_t ldc = round_up(v.cols, NR);
-  float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC + VL;
+  float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC;
   int64_t m = 0;
   do {  // once at least, as no rows at all make zeros
     const int64_t terms = smaller(KC, u.rows - m);

@@ -25,7 +25,7 @@ inline int64_t low_rank_stride(int64_t rank) { return round_up(rank, NR); }
 // Packs panels [begin, end) of W, or of W + scaling · up down. `room`: packing_size floats, which
 // prepare_packing filled.
 inline int64_t packing_size(const Projection& p) {
-  return p.merged ? slices_size(p.terms(), p.rank()) + NR * p.rank() + VL : 0;
+  return p.merged ? slices_size(p.terms(), p.rank()) + NR * p.rank() : 0;
 }
 inline void prepare_packing(const Projection& p, float* room) {
   if (p.merged) pack_slices(p.down.transposed(), room);
@@ -46,11 +46,11 @@ inline void pack_panels(const Projection& p, int64_t begin, int64_t end, float* 
 
 // Floats of room that the rows need beside what they write to.
 inline int64_t room_for_low_rank(int64_t rows, int64_t terms) {
-  return slices_size(rows, terms) + NR * terms + VL;
+  return slices_size(rows, terms) + NR * terms;
 }
 inline int64_t room_for_projection(const Projection& p, int64_t rows) {
   return room_for_low_rank(rows, p.terms()) + packing_size(p) + slices_size(rows, p.rank()) +
-         NR * p.rank() + VL;
+         NR * p.rank();
 }
 
 // s (rows × low_rank_stride) = scaling · a downᵀ, of slices of a.
@@ -73,7 +73,7 @@ inline void project(const Projection& p, const View& a, const float* packed, flo
   const int64_t rows = a.rows, T = p.terms(), r = p.rank(), N = p.weight.rows;
   float* slices = room;
   float* panel = slices + slices_size(rows, T);
-  float* packing = panel + NR * T + VL;
+  float* packing = panel + NR * T;
   float* s_slices = packing + packing_size(p);
   float* up = s_slices + slices_size(rows, r);
   pack_slices(a, slices);

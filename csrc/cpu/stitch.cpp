@@ -98,7 +98,7 @@ class Plan {
       if (by_columns && parts > 1 && M <= FEW && p.rank() == 0 && !groups[g].identity()) {
         entry.packed = packed;
         packed += Parts::padded(slices_size(M, p.terms()));
-        room_ = larger(room_, p.panel_size() + VL);
+        room_ = larger(room_, p.panel_size());
         if (!slicings.add_parts(g, M, ceil_div(M, 4 * MR), MR)) return false;
         if (!strips.add_parts(g, p.panels(), p.panels(), 1)) return false;
         continue;
@@ -115,7 +115,7 @@ class Plan {
       room_ = larger(room_, room_for_projection(p, height));
       if (parts == 1 || !rows_wanted) continue;
       entry.packed = packed;
-      packed += Parts::padded(p.panels() * p.panel_size() + VL);
+      packed += Parts::padded(p.panels() * p.panel_size());
       if (!packings.add_parts(g, p.panels(), ceil_div(p.panels(), 4), 1)) return false;
     }
     bands.sort();
