@@ -62,7 +62,7 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // detour of a whole packed weight through memory costs as much as the arithmetic. Others are cut
 // lower, so that a band stays in L2, and evenly for the threads that share the group, which find
 // the weight packed.
-constexpr int64_t HIGH = 6 * MR, WHOLE = 12 * MR;
+constexpr int64_t HIGH = 8 * MR, WHOLE = 12 * MR;
 
 // Up to so many rows a group without a low-rank part and LayerNorm, which needs whole rows, is dealt
 // out by columns: each panel of the weight meets all rows as soon as it is packed.

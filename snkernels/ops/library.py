@@ -29,11 +29,17 @@ OFFERED: dict[str, tuple[str, ...]] = {}
 
 
 def register(
-    schema: str, *, fake: Callable[..., Any], implementations: dict[str, Callable[..., Any]]
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any]],
+    check: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Defines ``snkernels::<schema>``, which runs the implementation of the chosen backend.
 
-    Every implementation takes the schema's arguments. The dtype that decides is that of ``x``.
+    Every implementation takes the schema's arguments. The dtype that decides is that of ``x``. What
+    comes by way of torch, from compiled code or from whoever calls the op itself, nobody has looked
+    at: ``check`` does, where an implementation would follow wrong arguments anywhere.
 
     Returns:
         The op, to be called with all of its arguments, in order. It goes past torch's dispatcher,
@@ -48,9 +54,14 @@ def register(
         choice = backends.choose(name, offered, device_type(x), x.dtype)
         return implementations[choice.backend](*args)
 
+    def checked(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return run(*args)
+
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, checked, key)
     torch.library.register_fake(f"snkernels::{name}", fake, lib=_library)
     dispatched = getattr(torch.ops.snkernels, name).default
 

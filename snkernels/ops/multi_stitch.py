@@ -95,31 +95,49 @@ def _check_rising(offsets: Sequence[int], rows: int) -> None:
         )
 
 
+def _check(
+    x: Tensor,
+    group_offsets: Tensor | None,
+    known_offsets: Sequence[int] | None,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    *_: Any,
+) -> None:
+    """Raises unless there are tensors and offsets for every group, and these rise where known."""
+    groups = len(scalings)
+    if len(tensors) != TENSORS * groups:
+        raise ValueError(
+            f"tensors must hold {TENSORS} for each of {groups} groups, but they are {len(tensors)}"
+        )
+    if group_offsets is None and known_offsets is None:
+        raise ValueError("group_offsets or known_offsets must be given, but both are None")
+    if known_offsets is None and group_offsets is not None:
+        _check_count(tuple(group_offsets.shape), groups)
+        known_offsets = group_offsets.tolist() if group_offsets.is_cpu else None
+    elif known_offsets is not None:
+        _check_count((len(known_offsets),), groups)
+    if known_offsets is not None:
+        _check_rising(known_offsets, x.shape[0])
+
+
+def _check_backward(
+    grad_y: Tensor | None, grad_normed: Tensor | None, x: Tensor, *others: Any
+) -> None:
+    _check(x, *others)
+
+
 def _located(function: Callable[..., Any], x_at: int = 0) -> Callable[..., Any]:
     """Hands a backend one argument for both kinds of offsets: a list where the host knows them.
 
-    They are checked here: of compiled code, or of whoever calls the op itself, nobody has looked at
-    them. x is argument number ``x_at``; offsets, tensors and scalings follow it.
+    x is argument number ``x_at``; the offsets follow it.
     """
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        *before, x, offsets, known = arguments[: x_at + 3]
-        tensors, scalings = arguments[x_at + 3 : x_at + 5]
-        groups = len(scalings)
-        if len(tensors) != TENSORS * groups:
-            raise ValueError(
-                f"tensors must hold {TENSORS} for each of {groups} groups, "
-                f"but they are {len(tensors)}"
-            )
-        if known is None and offsets is None:
-            raise ValueError("group_offsets or known_offsets must be given, but both are None")
-        _check_count(tuple(offsets.shape) if known is None else (len(known),), groups)
-        if known is None and offsets.is_cpu:
-            known = offsets.tolist()
-        if known is not None:
-            _check_rising(known, x.shape[0])
-        return function(*before, x, offsets if known is None else known, *arguments[x_at + 3 :])
+        offsets, known = arguments[x_at + 1 : x_at + 3]
+        if known is None:
+            known = offsets.tolist() if offsets.is_cpu else offsets
+        return function(*arguments[: x_at + 1], known, *arguments[x_at + 3 :])
 
     return run
 
@@ -233,6 +251,7 @@ _forward_op = register(
         "triton": _located(triton_kernel("multi_stitch", "multi_stitch_forward")),
         "cuda": _located(_cuda),
     },
+    check=_check,
 )
 _backward_op = register(
     "multi_stitch_backward(Tensor? grad_y, Tensor? grad_normed, Tensor x, Tensor? group_offsets,"
@@ -246,6 +265,7 @@ _backward_op = register(
         # Only the forward is compiled so far; its residuals are those of the torch backend.
         "cuda": _located(_torch_backward, 2),
     },
+    check=_check_backward,
 )
 
 
@@ -332,7 +352,7 @@ def _multi_stitch(
         autocast(x),
         offsets,
         known,
-        tuple(float(group.scaling) for group in groups),
+        [float(group.scaling) for group in groups],
         out_features,
         normalize,
         float(eps),
@@ -358,7 +378,7 @@ def _where_rows_are(
     if isinstance(group_offsets, Tensor):
         if group_offsets.dtype != torch.int64:
             raise TypeError(f"group_offsets must be int64, but they are {group_offsets.dtype}")
-        if group_offsets.device != x.device and not group_offsets.is_cpu:
+        if not group_offsets.is_cpu and group_offsets.device != x.device:
             raise ValueError(
                 f"group_offsets must be on {x.device}, where x is, or in CPU memory, "
                 f"but they are on {group_offsets.device}"
