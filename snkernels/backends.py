@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (op, device type) -> (backend, the record that shows it); the backward goes with its op.
 PROVEN: dict[tuple[str, str], tuple[str, str]] = {
-    (op, "cpu"): ("cpu", "benchmarks/results/cpu-2026-11-25.md")
+    (op, "cpu"): ("cpu", "benchmarks/results/cpu.md")
     for op in ("multi_stitch", "residual_layer_norm", "stitch", "stitch_layer_norm")
 }
 if native.AMD_WITH_AVX512:
