@@ -1,6 +1,6 @@
 """Times the model layer beside the release's way, and writes a record, its table and its plot.
 
-    python -m benchmarks.model --out benchmarks/results/cpu-NAME-model.json
+    python -m benchmarks.model --out benchmarks/results/cpu-model.json
 
 Anchors have the shapes of DeiT III and random weights, images are 224 × 224, all in fp32 on the
 CPU. Run it on a machine that does nothing else: on 2 cores it takes about 40 minutes, with

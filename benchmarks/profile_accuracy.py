@@ -1,6 +1,6 @@
 """How well the parts of a model predict the latency of every route: the record of ``profile``.
 
-    python -m benchmarks.profile_accuracy --out benchmarks/results/profile/cpu-DATE.json
+    python -m benchmarks.profile_accuracy --out benchmarks/results/profile/cpu.json
 
 profiles DeiT3 pairs with random weights at batch 1, runs all routes whole to compare, and writes a
 record, a table (.md) and a plot (.png) beside it. Run it on a machine that does nothing else; on 2
@@ -108,13 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_accuracy")
     parser.add_argument("--pairs", nargs="+", default=["S-L", "S-B"])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/profile/cpu-DATE.json"
-    )
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/profile/cpu.json")
     options = parser.parse_args(arguments)
 
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    out = options.out or RESULTS / "profile" / f"cpu-{now:%Y-%m-%d}.json"
+    out = options.out or RESULTS / "profile" / "cpu.json"
     (commit, dirty), described = machine.commit(), machine.describe()
     profiles = {
         name: snkernels.profile(pair(name), [1], check="all", rounds=options.rounds, seconds=0)

@@ -1,6 +1,6 @@
 """Times every op beside its baselines, interleaved, and writes a record, its table and its plot.
 
-    python -m benchmarks.record --out benchmarks/results/cpu-NAME.json
+    python -m benchmarks.record --out benchmarks/results/cpu.json
 
 Run it on a machine that does nothing else. On 2 cores it takes some minutes, one or two of
 them in torch.compile the first time. The file is written after every case, so that what
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = subjects()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__)
     parser.add_argument("--ops", nargs="+", choices=known, default=list(known))
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE-DATE.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE.json")
     parser.add_argument("--add", action="store_true", help="to the record that is there already")
     parser.add_argument("--seconds", type=float, default=2.5, help="per case")
     parser.add_argument("--rounds", type=int, default=15, help="per case, at least")
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     device = machine.default_device()
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    out = options.out or RESULTS / f"{device.type}-{now:%Y-%m-%d}.json"
+    out = options.out or RESULTS / f"{device.type}.json"
     (commit, dirty), described = machine.commit(), machine.describe()
     todo = [case for op in options.ops for case in cases(known[op], device)]
     if not todo:

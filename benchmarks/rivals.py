@@ -121,8 +121,8 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def _class_token(attention: nn.Module, x: Tensor) -> Tensor:
     width, heads = x.shape[-1], (attention.num_heads, -1)
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    q = F.linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, heads).transpose(1, 2)
+    q = linear(x[:, :1], weight[:width], bias[:width]).unflatten(-1, heads).transpose(1, 2)
     kv = linear(x, weight[width:], bias[width:]).unflatten(-1, (2, *heads))
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     attended = F.scaled_dot_product_attention(q, k, v)
-    return attention.proj(attended.transpose(1, 2).flatten(2))
+    return _linear(attention.proj, attended.transpose(1, 2).flatten(2))

@@ -10,7 +10,7 @@
 
 namespace snk::cpu::SNK_ISA {
 
-constexpr int64_t KC = 256, LINE = 16;  // LINE: floats of a cache line
+constexpr int64_t KC = 256;
 
 // Transposes VL vectors in registers, by swapping ever larger blocks across the diagonal.
 template <int HALF = 1>

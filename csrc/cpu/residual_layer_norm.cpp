@@ -57,7 +57,7 @@ class Shares {
   }
 
  private:
-  static constexpr int64_t LINE = 16, APART = 8;  // floats and counters of a cache line
+  static constexpr int64_t APART = LINE * sizeof(float) / sizeof(int64_t);  // a cache line each
   int64_t border(int share) const {
     return smaller(share * ceil_div(n_, step_) / threads_ * step_, n_);
   }
@@ -166,7 +166,8 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   const bool large = past_caches(4 * M * N);
   const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
-  const Shares shares(M, 2 * ROWS_AT_ONCE, threads, counters);
+  const int64_t step = smaller(2 * ROWS_AT_ONCE, round_up(M / threads + 1, ROWS));
+  const Shares shares(M, step, threads, counters);
 #pragma omp parallel for num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
     shares.work(thread, [&](int64_t first, int64_t last) {

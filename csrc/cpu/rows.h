@@ -56,7 +56,7 @@ inline const float* values_or(const View& view, int64_t row, float* room, const 
 
 // Whether what an op reads and writes, so many values, is more than caches keep until the next op
 // comes. Its outputs then go past them: there is nothing to be kept, and less to be read.
-inline bool past_caches(int64_t values) { return values >= 3 << 20; }
+inline bool past_caches(int64_t values) { return values >= 2 << 20; }
 
 // A vector or, for what is left of a row, one value.
 template <typename V>

@@ -40,6 +40,7 @@ class Tasks {
   }
   // The largest first, so that the threads come to an end together.
   void sort() {
+    if (size_ < 2) return;
     std::qsort(data_, size_, sizeof(Task), [](const void* a, const void* b) {
       const Task &s = *static_cast<const Task*>(a), &t = *static_cast<const Task*>(b);
       const int64_t more = (t.end - t.begin) - (s.end - s.begin);
@@ -95,7 +96,8 @@ class Plan {
       const int64_t parts = bands_of(M, larger(rows_per_thread, 1));
       Entry& entry = entries_[g] = {project(groups[g]), -1};
       Projection& p = entry.projection;
-      if (by_columns && parts > 1 && M <= FEW && p.rank() == 0 && !groups[g].identity()) {
+      if (by_columns && parts > 1 && M <= FEW && p.rank() == 0 && !groups[g].identity() &&
+          p.panels() >= parts) {
         entry.packed = packed;
         packed += Parts::padded(slices_size(M, p.terms()));
         room_ = larger(room_, p.panel_size());
@@ -142,16 +144,18 @@ class Plan {
     pack_slices(rows_of(x, task.begin, task.end - task.begin),
                 packed_ + entry.packed + task.begin * entry.projection.terms());
   }
-  void project_strip(const Task& task, const View& y, const float* bias, float* room) const {
+  void project_strip(const Task& task, const View& y, const View& bias, float* room) const {
     const Entry& entry = entries_[task.group];
     const Projection& p = entry.projection;
     for (int64_t panel = task.begin; panel < task.end; ++panel) {
       const int64_t j = panel * NR, cols = smaller(NR, p.weight.rows - j);
-      float* c = static_cast<float*>(y.data) + j;
+      float *c = static_cast<float*>(y.data) + j, own_bias[NR];
       pack_panels(p, panel, panel + 1, room, nullptr);
       times_panel(false, y.rows, p.terms(), packed_ + entry.packed, room, c, y.row_stride, cols);
+      if (!bias) continue;
+      read_row(rows_of(bias.transposed(), j, cols).transposed(), 0, own_bias);
       for (int64_t i = 0; i < y.rows; ++i)
-        for (int64_t k = 0; k < cols; ++k) c[i * y.row_stride + k] += bias[j + k];
+        for (int64_t k = 0; k < cols; ++k) c[i * y.row_stride + k] += own_bias[k];
     }
   }
   // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
@@ -216,8 +220,7 @@ Status stitch_forward(const StitchForward& p) {
     for (int64_t i = 0; i < plan.strips.size(); ++i) {
       if (!parts) continue;
       const StitchGroup& group = p.groups[plan.strips[i].group];
-      read_or(group.bias, 0.0f, N, bias);
-      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), bias, room);
+      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), group.bias, room);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.bands.size(); ++i) {

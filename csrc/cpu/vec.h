@@ -29,6 +29,8 @@ constexpr int VL = 4, MR = 4;
 #endif
 constexpr int NR = 2 * VL;
 
+constexpr int64_t LINE = 16;  // floats of a cache line
+
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
 
 // Anywhere in memory, which holds floats and nothing else: with memcpy, which may hold all things, the

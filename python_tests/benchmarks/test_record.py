@@ -128,7 +128,7 @@ def test_the_table_tells_what_a_call_costs_over_the_bare_kernel(
     assert "× bare kernel" not in text
     for case in Record.load(path).cases:
         micros = {entry.name: entry.seconds.median * 1e6 for entry in case.entries}
-        if case.phase == "forward+backward":
+        if case.phase != "forward":
             assert "bare kernel" not in micros
         else:
             ours, bare = micros["cpu backend"], micros["bare kernel"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from snkernels.backends import use_backend
 from snkernels.kernels import native
@@ -116,6 +117,41 @@ def test_a_branch_that_does_more_is_called_as_a_module(timm: ModuleType, name: s
         **arguments, qk_norm=True, scale_mlp_norm=True, norm_layer=nn.LayerNorm
     ).eval()
     assert in_parts(getattr(other.blocks[0], name)) is getattr(other.blocks[0], name)
+
+
+def test_attention_of_timm_drops_by_its_own_mode(timm: ModuleType) -> None:
+    arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    attention = timm.models.VisionTransformer(**arguments, attn_drop_rate=0.5).blocks[0].attn
+    attention.train()
+    attention.attn_drop.eval()
+    assert in_parts(attention) is attention
+    attention.eval()
+    assert in_parts(attention) is not attention
+    attention.fused_attn = False  # it then looks at its `scale`, which may be any
+    assert in_parts(attention) is attention
+
+
+@pytest.mark.parametrize("part", ["attn", "attn.proj", "mlp", "mlp.fc1"])
+def test_a_class_that_others_have_patched_is_called(
+    block: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tokens = block.get_submodule(part.partition(".")[0]), torch.randn(2, 5, 12)
+    expected = module(tokens)
+    kind = type(block.get_submodule(part))
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: original(self, x) + 1)
+    torch.testing.assert_close(in_parts(module)(tokens), module(tokens))
+    assert not torch.allclose(module(tokens), expected)
+
+
+def test_hooks_of_all_modules_see_every_part(block: Any) -> None:
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        in_parts(block.mlp)(torch.randn(2, 5, 12))
+    finally:
+        handle.remove()
+    assert {block.mlp, block.mlp.fc1, block.mlp.fc2} <= set(seen)
 
 
 @needs_kernel

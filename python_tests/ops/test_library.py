@@ -155,3 +155,17 @@ def test_the_compiled_module_refuses_what_it_would_misread() -> None:
         native.stitch_forward(x, weight, None, torch.randn(2, 3), None, 1.0)
     with pytest.raises(TypeError, match="bias must be float32"):
         native.stitch_forward(x, weight, torch.zeros(5).double(), None, None, 1.0)
+
+
+@about_the_cpu
+def test_a_tensor_of_a_transform_that_has_ended_is_refused() -> None:
+    leaked: list[torch.Tensor] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        leaked.append(x)
+        return x.sum()
+
+    torch.func.grad(function)(torch.randn(4, 3))
+    weight = torch.randn(5, 3, requires_grad=True)
+    with pytest.raises(ValueError, match="x must be a tensor of now"):
+        stitch_layer_norm(leaked[0], weight)

@@ -2,14 +2,20 @@
 
 import importlib
 import itertools
+import statistics
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from device import DEVICE
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.case import EAGER
+from benchmarks.schema import Record
+from benchmarks.subject import PHASES
 from python_tests.judge import assert_as_exact_as_torch
 from snkernels import backends
 from snkernels.kernels import native
@@ -26,16 +32,25 @@ about_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory"
 
 def operands(rows: int, K: int, N: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     torch.manual_seed(0)
-    tensors = torch.randn(rows, K), torch.randn(N, K) * K**-0.5, torch.randn(N)
+    tensors = torch.randn(rows, K), torch.randn(N, K) * max(K, 1) ** -0.5, torch.randn(N)
     return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(
     ("rows", "K", "N"),
     # Few rows go by columns of the weight, and many by bands; with edges of both.
-    [(1, 1, 1), (5, 3, 70), (90, 300, 64), (61, 40, 33), (400, 64, 96), (0, 4, 3)],
+    [(1, 1, 1), (5, 3, 70), (90, 300, 210), (200, 40, 230), (400, 64, 96), (90, 0, 70), (0, 4, 3)],
 )
+@pytest.mark.usefixtures("two_threads")
 def test_it_is_a_linear_layer(backend: str, rows: int, K: int, N: int, has_bias: bool) -> None:
     tensors = operands(rows, K, N)
     grad = torch.randn(rows, N)
@@ -95,11 +110,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @about_the_cpu
 def test_the_kernel_computes_what_is_large_enough(calls: list[str]) -> None:
     assert native.IMPORT_ERROR is None
-    large, small = operands(65, 1024, 1024), operands(63, 1024, 1024)
+    large, small = operands(130, 1024, 1024), operands(130, 512, 512)
     linear(*large)
     linear(*small)
-    linear(small[0].view(7, 9, 1024), *small[1:])
-    assert calls == ["kernel", "torch", "torch"]
+    linear(*operands(1 << 20, 8, 8))
+    linear(*operands(100, 1024, 1024))  # few rows share the packed weight
+    linear(large[0].view(10, 13, 1024), *large[1:])
+    assert calls == ["kernel", "torch", "kernel", "torch", "kernel"]
     calls.clear()
     for backend, who in (("cpu", "kernel"), ("torch", "torch"), ("triton", "torch")):
         with backends.use_backend(backend):
@@ -111,15 +128,60 @@ def test_the_kernel_computes_what_is_large_enough(calls: list[str]) -> None:
 
 @about_the_cpu
 def test_torch_computes_what_was_not_measured(calls: list[str]) -> None:
-    large = operands(65, 1024, 1024)
-    half = [t.detach().bfloat16() for t in large]
-    linear(*half)
+    large = operands(130, 1024, 1024)
+    with torch.no_grad():
+        linear(*large)
+    assert calls == ["kernel"]
+    calls.clear()
+    linear(*(t.detach().bfloat16() for t in large))
+    y = F.linear(*large).detach()
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(*large).dtype == torch.bfloat16
     linear(*(t.detach().double() for t in large))
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*large), F.linear(*large))
+    with FlopCounterMode(display=False) as counter:
+        linear(*large)
+    assert counter.get_total_flops() == 2 * 130 * 1024 * 1024
+    x, weight, bias = (t.detach() for t in large)
+    torch.testing.assert_close(
+        torch.func.vmap(linear, (0, None, None))(x[None], weight, bias)[0], y
+    )
+    torch.testing.assert_close(linear(x, weight.to_sparse_csr(), bias), y)
+    torch.testing.assert_close(linear(x, weight.as_subclass(Subclass), bias).as_subclass(Tensor), y)
+    torch.set_float32_matmul_precision("high")
+    try:
+        linear(*large)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(9)
+    try:
+        linear(*large)
+    finally:
+        torch.set_num_threads(threads)
     assert "kernel" not in calls
+
+
+class Subclass(Tensor):
+    """What quantization and sharding make of a weight; the layer stays an nn.Linear."""
+
+
+@about_the_cpu
+@pytest.mark.parametrize(("op", "device"), backends.PROVEN)
+def test_what_is_proven_stands_in_the_record(op: str, device: str) -> None:
+    """In the median of the shapes of a phase the kernel is the faster one."""
+    backend, table = backends.PROVEN[op, device]
+    record = Record.load(Path(__file__).parents[2] / Path(table).with_suffix(".json"))
+    for phase in PHASES:
+        faster = [
+            entry.speedup[EAGER].median
+            for case in record.cases
+            if (case.op, case.phase) == (op, phase) and case.sizes["M"] > 1
+            for entry in case.entries
+            if entry.name == f"{backend} backend"
+        ]
+        assert statistics.median(faster) > 1, phase
 
 
 @about_the_cpu

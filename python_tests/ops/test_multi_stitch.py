@@ -10,7 +10,7 @@ from judge import assert_as_exact_as_torch
 from torch import Tensor
 
 from snkernels.backends import obstacle, use_backend
-from snkernels.ops import StitchGroup, multi_stitch, multi_stitch_layer_norm
+from snkernels.ops import StitchGroup, multi_stitch, multi_stitch_layer_norm, stitch
 from snkernels.ops.library import OFFERED
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -297,3 +297,30 @@ def test_bad_arguments(change: dict, message: str) -> None:
         multi_stitch_layer_norm(**arguments)
     with pytest.raises((TypeError, ValueError), match=message):
         multi_stitch(**arguments)
+
+
+def test_groups_by_columns_and_by_bands_are_what_they_are_alone(backend: str) -> None:
+    """Rank 0 and few rows: by columns. Their bits are those of each group in a call of its own."""
+    if backend in ("torch", "triton"):
+        pytest.skip("only the compiled CPU kernels deal columns out, and promise bits")
+    sizes, K, N = [0, 90, 400, 13, 140, 280, 5], 64, 330
+    offsets = [0, *itertools.accumulate(sizes)]
+    x = torch.randn(offsets[-1], K)
+    groups = [
+        StitchGroup(
+            torch.randn(N, K),
+            torch.randn(N) if i % 3 else None,
+            *((torch.randn(4, K), torch.randn(N, 4)) if i == 3 else (None, None)),
+        )
+        for i in range(len(sizes))
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            together = multi_stitch(x, offsets, groups)
+            for group, rows in zip(groups, itertools.pairwise(offsets), strict=True):
+                alone = stitch(x[slice(*rows)], *group[:4])
+                assert torch.equal(together[slice(*rows)], alone)
+    finally:
+        torch.set_num_threads(before)

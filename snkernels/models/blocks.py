@@ -19,8 +19,8 @@ from snkernels.backends import choose
 from snkernels.layers import is_layer_norm
 from snkernels.models.branches import (
     attend_from_class_token,
-    class_name,
     in_parts,
+    is_one_of,
     is_plain_attention,
     is_untouched,
 )
@@ -55,7 +55,7 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
     parts = block._modules
     norm = parts["norm1"]
     fits = (
-        class_name(block) in _BLOCKS
+        is_one_of(_BLOCKS, block)
         and is_untouched(block)
         and is_plain_norm(norm)
         and is_plain_norm(parts["norm2"])
@@ -97,7 +97,7 @@ def run_block(
         # Called as what it was before it was compiled, which for one token it would be anew.
         mlp = mlp._call_impl
         attention, h = partial(attend_from_class_token, attention), h[:, :1]
-    elif _has_kernel("linear", h):
+    elif _has_kernel("linear", h) and not torch.compiler.is_compiling():
         attention, mlp = in_parts(attention), in_parts(mlp)
     # Branches have no name, which would keep them while the next one is computed.
     h, normed = _add(h, *_branch(attention, normed, block.drop_path1), block.ls1, block.norm2)
@@ -110,7 +110,7 @@ def is_plain_norm(norm: nn.Module) -> bool:
 
 
 def _is_identity_or_in(module: nn.Module, classes: set[str]) -> bool:
-    known = type(module) is nn.Identity or class_name(module) in classes
+    known = type(module) is nn.Identity or is_one_of(classes, module)
     return known and is_untouched(module)
 
 

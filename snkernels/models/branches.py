@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from snkernels.ops import linear
 
@@ -23,6 +24,9 @@ _ATTENTIONS = {
     "timm.models.vision_transformer.Attention",
 }
 _MLPS = {"snkernels.models.vit.Mlp", "timm.layers.mlp.Mlp"}
+_LINEARS = {"torch.nn.modules.linear.Linear"}
+_IDENTITIES = {"torch.nn.modules.linear.Identity"}
+_DROPOUTS = {"torch.nn.modules.dropout.Dropout"}
 
 
 def in_parts(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -30,14 +34,18 @@ def in_parts(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if module._compiled_call_impl is None:
         if is_plain_attention(module):
             return partial(_attend, module)
-        if class_name(module) in _MLPS and _does_nothing_but(module, "fc1", "act", "fc2"):
+        if is_one_of(_MLPS, module) and _does_nothing_but(module, "fc1", "act", "fc2"):
             return partial(_map, module)
     return module
 
 
 def is_plain_attention(module: nn.Module) -> bool:
     """Whether a module is qkv, softmax and proj, and nothing else in its present mode."""
-    return class_name(module) in _ATTENTIONS and _does_nothing_but(module, "qkv", "proj")
+    return (
+        is_one_of(_ATTENTIONS, module)
+        and getattr(module, "fused_attn", True)  # timm's other way reads `scale`
+        and _does_nothing_but(module, "qkv", "proj")
+    )
 
 
 def attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
@@ -58,9 +66,11 @@ def attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
     return _project(attention.proj, attended.transpose(1, 2).flatten(2))
 
 
-def class_name(module: nn.Module) -> str:
-    """Return the full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def is_one_of(classes: set[str], module: nn.Module) -> bool:
+    """Whether a module is of one of these classes, full names, and runs what stands in it."""
+    kind = type(module)
+    name, forward = f"{kind.__module__}.{kind.__qualname__}", kind.forward
+    return name in classes and f"{forward.__module__}.{forward.__qualname__}" == f"{name}.forward"
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -75,6 +85,7 @@ def _is_unhooked(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._backward_hooks
         or "forward" in vars(module)
+        or _has_any_global_hook()
     )
 
 
@@ -84,8 +95,9 @@ def _does_nothing_but(module: nn.Module, *parts: str) -> bool:
     return _is_unhooked(module) and all(
         is_untouched(m)
         and (
-            isinstance(m, nn.Identity)
-            or (isinstance(m, nn.Dropout) and (m.p == 0.0 or not m.training))
+            is_one_of(_IDENTITIES, m)
+            # Attention of timm's looks at its own mode, not at that of the dropout.
+            or (is_one_of(_DROPOUTS, m) and (m.p == 0.0 or not (m.training or module.training)))
         )
         for m in others
     )
@@ -107,4 +119,4 @@ def _project(module: Any, x: Tensor) -> Tensor:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and is_untouched(module)
+    return is_one_of(_LINEARS, module) and is_untouched(module)

@@ -5,6 +5,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_dead_tensor_wrapper  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 _FLOAT32 = torch.float32
@@ -96,6 +97,8 @@ def check_input(x: Tensor, name: str = "x") -> None:
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, but it is {type(x).__name__}")
+    if not torch.compiler.is_compiling() and is_dead_tensor_wrapper(x):
+        raise ValueError(f"{name} must be a tensor of now, but its torch.func transform has ended")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64, but it is {x.dtype}"

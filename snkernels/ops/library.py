@@ -67,21 +67,20 @@ def register(
 
     def call(*args: Any) -> Any:
         x: Tensor = args[position]
-        plain = (x.is_cpu or x.is_cuda) and not _is_seen(args)
+        plain = (x.is_cpu or x.is_cuda) and not (is_transformed(args) or _profiler_enabled())
         return run(*args) if plain else dispatched(*args)
 
     return call
 
 
-def _is_seen(args: Sequence[Any]) -> bool:
-    """Whether torch would do more with a call than hand it on: trace, record or convert it."""
+def is_transformed(args: Sequence[Any]) -> bool:
+    """Whether torch would do something else for a call: trace it, count it or convert tensors."""
     return (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()
         or _is_tracing()
-        or _profiler_enabled()
         or not _are_plain(args)
     )
 

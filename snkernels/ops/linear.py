@@ -1,7 +1,8 @@
 """``linear``: a plain linear layer, by the GEMM of ``stitch`` where that beats torch's own.
 
-It does on AMD's CPUs, for which MKL was not made. There is no kernel of its own: without a low-rank
-part a stitch is a linear layer.
+It does on AMD's CPUs with AVX-512, for which MKL was not made. There is no kernel of its own:
+without a low-rank part a stitch is a linear layer. Whatever was not measured, or is not what it
+seems, is left to torch.
 """
 
 from typing import Final
@@ -9,16 +10,20 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from snkernels.backends import choose, forced_backend
-from snkernels.ops.library import OFFERED, autocast_dtype, device_type
+from snkernels.ops.library import OFFERED, autocast_dtype, device_type, is_transformed
 from snkernels.ops.stitch import stitch
 
 OFFERED["linear"] = ("torch", "cpu")
 
-# Multiply-adds from which on it is faster: the call and the packing of the weight cost more than
-# torch's, also where only few rows share them.
+# Multiply-adds and rows from which on it is faster: the call and the packing of the weight cost
+# more than torch's, and few rows share them.
 ENOUGH: Final = 1 << 26
+ROWS: Final = 128
+# More threads than that are too far from the two that it was measured with.
+THREADS: Final = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,21 +36,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         y, (..., out), in the dtype of x; under autocast in autocast's dtype. Where the kernel
-        computes it, it is differentiable once, and torch.func does not reach through it.
+        computes it, it is differentiable once. Torch computes it in compiled code, under a mode or
+        transform of torch (FLOP counters, torch.func), for tensors that are not plain float32, and
+        where less than the highest precision is asked for; also where the "cpu" backend is forced.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that do not fit together.
     """
-    return stitch(x, weight, bias) if _by_kernel(x, weight) else F.linear(x, weight, bias)
+    return stitch(x, weight, bias) if _by_kernel(x, weight, bias) else F.linear(x, weight, bias)
 
 
-def _by_kernel(x: Tensor, weight: Tensor) -> bool:
-    device, dtype = device_type(x), x.dtype
-    if torch.compiler.is_compiling() or weight.dtype != dtype:
+def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if is_transformed((x, weight, bias)) or forward_ad._current_level >= 0:
         return False
+    device, dtype = device_type(x), x.dtype
     if choose("linear", OFFERED["linear"], device, dtype).backend == "torch":
         return False
-    if autocast_dtype(device, dtype) != dtype:
+    for tensor in (x, weight, bias):
+        if tensor is not None and (tensor.layout is not torch.strided or tensor.dtype is not dtype):
+            return False
+    if x.is_nested or autocast_dtype(device, dtype) is not dtype:
         return False
-    forced = forced_backend()
-    return forced == "cpu" or (forced is None and x.numel() * len(weight) >= ENOUGH)
+    if torch.get_float32_matmul_precision() != "highest":
+        return False
+    if (forced := forced_backend()) is not None:
+        return forced == "cpu"
+    work = x.numel() * len(weight)
+    enough = work >= ENOUGH and x.numel() >= ROWS * x.shape[-1]
+    return enough and torch.get_num_threads() <= THREADS
