@@ -37,8 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         y, (..., out), in the dtype of x; under autocast in autocast's dtype. Where the kernel
         computes it, it is differentiable once. Torch computes it in compiled code, under a mode or
-        transform of torch (FLOP counters, torch.func), for tensors that are not plain float32, and
-        where less than the highest precision is asked for; also where the "cpu" backend is forced.
+        transform of torch (FLOP counters, torch.func), for tensors that are not plain memory of one
+        dtype, and where less than the highest precision is asked for. Forcing the "cpu" backend
+        lifts only the bounds on size and threads; forcing any other leaves it to torch.
 
     Raises:
         TypeError, ValueError, RuntimeError: arguments that do not fit together.
