@@ -1,46 +1,36 @@
-// LayerNorm of rows that an op makes, forward and backward. ROWS of them go together: what differs
-// by column only is read once for all, and where one row waits for its sums another is worked on.
+// LayerNorm of rows that an op makes, forward and backward. Each row is finished before the next is
+// begun: two at a time would hide a sum's latency, but the streams of reads that they make of every
+// matrix are more than the CPU fetches ahead, and a pass over memory takes up to half as long again.
 #pragma once
 
 #include "cpu/rows.h"
 
 namespace snk::cpu::SNK_ISA {
 
-constexpr int ROWS = 2;
-
-// some(row, std::integral_constant) for the rows [first, last), ROWS at a time and then one by one.
-template <typename Some>
-inline void for_rows(int64_t first, int64_t last, Some some) {
-  for (; first + ROWS <= last; first += ROWS) some(first, std::integral_constant<int, ROWS>());
-  for (; first < last; ++first) some(first, std::integral_constant<int, 1>());
+// Brings a value of a row of n to come to the L2 cache. Past the last row nothing happens.
+inline void fetch_ahead(const float* value, int64_t n) {
+  constexpr int ROWS_AHEAD = 4, TO_L2 = 2;
+  __builtin_prefetch(value + ROWS_AHEAD * n, 0, TO_L2);
 }
 
 struct RowStatistics {
   float mean, rstd;
 };
 
-// Statistics of rows whose values sum to about `total`, in a second pass over them: E[x²] − E[x]²
+// Statistics of a row whose values sum to about `total`, in a second pass over it: E[x²] − E[x]²
 // would lose everything when the mean is large. The first mean is off by the rounding of a sum n
 // times as large as a value; what is left about it is small, and corrects mean and variance.
-template <int R>
-inline void row_statistics(const float* const (&y)[R], int64_t n, const Sum (&total)[R], float eps,
-                           RowStatistics (&statistics)[R]) {
-  float guess[R];
-  each<R>([&](auto i) { guess[i] = total[i].total() / n; });
-  Sum deviations[R], squares[R];
+inline RowStatistics row_statistics(const float* y, int64_t n, const Sum& total, float eps) {
+  const float guess = total.total() / n;
+  Sum deviations, squares;
   for_values(n, [&](auto v, int64_t j, auto chain) {
-    each<R>([&](auto i) {
-      const auto d = get<decltype(v)>(y[i] + j) - guess[i];
-      deviations[i].add(d, chain);
-      squares[i].add(d * d, chain);
-    });
+    const auto d = get<decltype(v)>(y + j) - guess;
+    deviations.add(d, chain);
+    squares.add(d * d, chain);
   });
-  each<R>([&](auto i) {
-    const float off = deviations[i].total() / n;
-    const float variance = squares[i].total() / n - off * off;  // may be NaN, and stays it
-    statistics[i] = {guess[i] + off,
-                     1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps)};
-  });
+  const float off = deviations.total() / n;
+  const float variance = squares.total() / n - off * off;  // may be NaN, and stays it
+  return {guess + off, 1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps)};
 }
 
 // y of an op, and LN(y) with its statistics if it is there.
@@ -49,41 +39,33 @@ struct NormedOutput {
   float *const mean, *const rstd;
   const float eps;
 
-  // Writes R rows from `row` on, whose values are value(V(), i, j); room[i] is for row i while it is
-  // worked on. LN is of the y that is returned, or the backward, which starts from it, would not fit.
-  template <int R, typename Value>
-  void write(int64_t row, int64_t n, const float* weight, const float* bias,
-             float* const (&room)[R], Value value) const {
-    Place place[R];
-    each<R>([&](auto i) { place[i] = y.place(row + i, room[i]); });
-    Sum total[R];
+  // Writes a row whose values are value(V(), j); `room` is for it while it is worked on, and next(j)
+  // is called while there is time to fetch what the next row is made of. LN is of the y that is
+  // returned, or the backward, which starts from it, would not fit.
+  template <typename Value, typename Next>
+  void write(int64_t row, int64_t n, const float* weight, const float* bias, float* room,
+             Value value, Next next) const {
+    const Place to_y = y.place(row, room);
+    Sum total;
     for_values(n, [&](auto v, int64_t j, auto chain) {
-      each<R>([&](auto i) {
-        const auto values = value(v, i, j);
-        place[i].keep(j, values);
-        total[i].add(values, chain);
-      });
+      const auto values = value(v, j);
+      to_y.keep(j, values);
+      total.add(values, chain);
     });
-    each<R>([&](auto i) { y.round(row + i, place[i]); });
+    y.round(row, to_y);
     if (!normed) return;
-    RowStatistics statistics[R];
-    const float* rows[R];
-    each<R>([&](auto i) { rows[i] = place[i].near; });
-    row_statistics(rows, n, total, eps, statistics);
-    each<R>([&](auto i) {
-      mean[row + i] = statistics[i].mean;
-      rstd[row + i] = statistics[i].rstd;
-      place[i] = normed.place(row + i, room[i]);
-    });
+    const float* values = to_y.near;
+    const RowStatistics statistics = row_statistics(values, n, total, eps);
+    mean[row] = statistics.mean;
+    rstd[row] = statistics.rstd;
+    const Place to_normed = normed.place(row, room);
     for_values(n, [&](auto v, int64_t j, auto) {
       using V = decltype(v);
-      const V w = get<V>(weight + j), b = get<V>(bias + j);
-      each<R>([&](auto i) {
-        const V d = get<V>(rows[i] + j) - statistics[i].mean;
-        place[i].last(j, V(d * statistics[i].rstd * w + b));
-      });
+      next(j);
+      const V normalized = (get<V>(values + j) - statistics.mean) * statistics.rstd;
+      to_normed.last(j, V(normalized * get<V>(weight + j) + get<V>(bias + j)));
     });
-    each<R>([&](auto i) { normed.end(row + i, place[i]); });
+    normed.end(row, to_normed);
   }
 };
 
@@ -96,47 +78,35 @@ struct NormedRow {
   RowStatistics statistics;
 };
 
-// Gives finish(total, j), where total[i] are values of the gradient of y of row i, and adds to the
-// sums that become the gradients of LN's weight and bias. R rows at a time, as the sums are read and
-// written each time. What is read next comes meanwhile; past the last row nothing happens.
-template <int R, typename Finish>
-inline void normalize_backward(const NormedRow (&rows)[R], int64_t n, const float* weight,
+// Gives finish(total, j), where total are values of the gradient of y, and adds to the sums that
+// become the gradients of LN's weight and bias.
+template <typename Finish>
+inline void normalize_backward(const NormedRow& row, int64_t n, const float* weight,
                                float* sum_weight, float* sum_bias, Finish finish) {
-  Sum weighted[R], weighted_deviation[R];
+  const auto [mean_of_y, rstd] = row.statistics;
+  Sum weighted, weighted_deviation;
   for_values(n, [&](auto v, int64_t j, auto chain) {
     using V = decltype(v);
-    const V w = get<V>(weight + j);
-    each<R>([&](auto i) {
-      __builtin_prefetch(rows[i].grad_y + j);
-      __builtin_prefetch(rows[i].other + j);
-      const V inner = get<V>(rows[i].grad_normed + j) * w;
-      put(rows[i].grad + j, inner);  // rounded: of a single value the mean takes away all
-      weighted[i].add(inner, chain);
-      weighted_deviation[i].add(inner * (get<V>(rows[i].y + j) - rows[i].statistics.mean), chain);
-    });
+    const V inner = get<V>(row.grad_normed + j) * get<V>(weight + j);
+    put(row.grad + j, inner);  // rounded: of a single value the mean takes away all
+    weighted.add(inner, chain);
+    weighted_deviation.add(inner * (get<V>(row.y + j) - mean_of_y), chain);
   });
-  float mean[R], slope[R];
-  each<R>([&](auto i) {
-    mean[i] = weighted[i].total() / n;
-    slope[i] = weighted_deviation[i].total() * rows[i].statistics.rstd / n;
-  });
+  const float mean = weighted.total() / n;
+  const float slope = weighted_deviation.total() * rstd / n;
   for_values(n, [&](auto v, int64_t j, auto) {
     using V = decltype(v);
-    V to_weight = get<V>(sum_weight + j), to_bias = get<V>(sum_bias + j), total[R];
-    each<R>([&](auto i) {
-      __builtin_prefetch(rows[i].y + j + R * n);
-      __builtin_prefetch(rows[i].grad_normed + j + R * n);
-      const float rstd = rows[i].statistics.rstd;
-      const V upper = get<V>(rows[i].grad_normed + j);
-      const V normalized = (get<V>(rows[i].y + j) - rows[i].statistics.mean) * rstd;
-      to_weight += upper * normalized;
-      to_bias += upper;
-      total[i] = rstd * (get<V>(rows[i].grad + j) - mean[i] - normalized * slope[i]) +
-                 get<V>(rows[i].grad_y + j);
-    });
-    put(sum_weight + j, to_weight);
-    put(sum_bias + j, to_bias);
-    finish(v, total, j);
+    fetch_ahead(row.y + j, n);
+    fetch_ahead(row.grad_normed + j, n);
+    fetch_ahead(row.grad_y + j, n);
+    fetch_ahead(row.other + j, n);
+    const V upper = get<V>(row.grad_normed + j);
+    const V normalized = (get<V>(row.y + j) - mean_of_y) * rstd;
+    put(sum_weight + j, V(get<V>(sum_weight + j) + upper * normalized));
+    put(sum_bias + j, V(get<V>(sum_bias + j) + upper));
+    finish(v,
+           V(rstd * (get<V>(row.grad + j) - mean - normalized * slope) + get<V>(row.grad_y + j)),
+           j);
   });
 }
 

@@ -72,33 +72,28 @@ struct Vectors {
   const float *layer_scale, *norm_weight, *norm_bias, *zeros;
 };
 
-constexpr int FORWARD_ROOM = 3, BACKWARD_ROOM = 6;  // rows of room for each of ROWS rows
+constexpr int FORWARD_ROOM = 3, BACKWARD_ROOM = 6;  // rows of room
 
 void forward_rows(const ResidualLayerNormForward& p, const NormedOutput& out, const Vectors& vectors,
                   int64_t first, int64_t last, float* room) {
   const int64_t N = p.h.cols;
   const RowScale row_scale(p.drop_path_scale, p.rows_per_scale);
   const float* gamma = vectors.layer_scale;
-  for_rows(first, last, [&](int64_t row, auto count) {
-    constexpr int R = decltype(count)::value;
-    const float *h[R], *branch[R];
-    float *sum[R], scale[R];
-    each<R>([&](auto i) {
-      float* own = room + i * FORWARD_ROOM * N;
-      h[i] = row_values(p.h, row + i, own);
-      branch[i] = row_values(p.branch, row + i, own + N);
-      sum[i] = own + 2 * N;
-      scale[i] = row_scale.at(row + i);
-    });
-    out.write<R>(row, N, vectors.norm_weight, vectors.norm_bias, sum,
-                 [&](auto v, auto i, int64_t j) {
-                   using V = decltype(v);
-                   // The next rows come meanwhile; past the last one nothing happens.
-                   __builtin_prefetch(h[i] + j + R * N);
-                   __builtin_prefetch(branch[i] + j + R * N);
-                   return get<V>(h[i] + j) + scale[i] * get<V>(gamma + j) * get<V>(branch[i] + j);
-                 });
-  });
+  for (int64_t row = first; row < last; ++row) {
+    const float* h = row_values(p.h, row, room);
+    const float* branch = row_values(p.branch, row, room + N);
+    const float scale = row_scale.at(row);
+    out.write(
+        row, N, vectors.norm_weight, vectors.norm_bias, room + 2 * N,
+        [&](auto v, int64_t j) {
+          using V = decltype(v);
+          return V(get<V>(h + j) + scale * get<V>(gamma + j) * get<V>(branch + j));
+        },
+        [&](int64_t j) {
+          fetch_ahead(h + j, N);
+          fetch_ahead(branch + j, N);
+        });
+  }
 }
 
 void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
@@ -112,41 +107,29 @@ void backward_rows(const ResidualLayerNormBackward& p, const Target& grad_h,
   // Where LN(sum) was not used, the sum does not matter either, not even where it is infinite.
   const bool normed = bool(p.grad_normed);
   const View sum = normed ? p.sum : View(), scaled_branch = p.grad_layer_scale ? p.branch : View();
-  for_rows(first, last, [&](int64_t row, auto count) {
-    constexpr int R = decltype(count)::value;
-    NormedRow rows[R];
-    const float* branch[R];
-    Place to_h[R], to_branch[R];
-    float scale[R];
-    each<R>([&](auto i) {
-      float* own = room + i * BACKWARD_ROOM * N;
-      to_h[i] = grad_h.place(row + i, own + 4 * N);
-      to_branch[i] = grad_branch.place(row + i, own + 5 * N);
-      scale[i] = row_scale.at(row + i);
-      branch[i] = values_or(scaled_branch, row + i, own + 3 * N, vectors.zeros);
-      rows[i] = {values_or(sum, row + i, own, vectors.zeros),
-                 values_or(p.grad_normed, row + i, own + N, vectors.zeros),
-                 values_or(p.grad_sum, row + i, own + 2 * N, vectors.zeros), branch[i], to_h[i].near,
-                 normed ? RowStatistics{mean[row + i], rstd[row + i]} : RowStatistics{0, 0}};
-    });
+  for (int64_t row = first; row < last; ++row) {
+    const Place to_h = grad_h.place(row, room + 4 * N);
+    const Place to_branch = grad_branch.place(row, room + 5 * N);
+    const float scale = row_scale.at(row);
+    const float* branch = values_or(scaled_branch, row, room + 3 * N, vectors.zeros);
+    const NormedRow values{values_or(sum, row, room, vectors.zeros),
+                           values_or(p.grad_normed, row, room + N, vectors.zeros),
+                           values_or(p.grad_sum, row, room + 2 * N, vectors.zeros),
+                           branch,
+                           to_h.near,
+                           normed ? RowStatistics{mean[row], rstd[row]} : RowStatistics{0, 0}};
     // The gradient of h is that of the sum.
-    normalize_backward(rows, N, normed ? vectors.norm_weight : vectors.zeros, sum_weight, sum_bias,
-                       [&](auto v, const auto& total, int64_t j) {
+    normalize_backward(values, N, normed ? vectors.norm_weight : vectors.zeros, sum_weight, sum_bias,
+                       [&](auto v, auto total, int64_t j) {
                          using V = decltype(v);
-                         V to_scale = get<V>(sum_scale + j);
-                         each<R>([&](auto i) {
-                           const V scaled = scale[i] * total[i];
-                           to_scale += scaled * get<V>(branch[i] + j);
-                           to_h[i].last(j, total[i]);
-                           to_branch[i].last(j, V(scaled * get<V>(gamma + j)));
-                         });
-                         put(sum_scale + j, to_scale);
+                         const V scaled = scale * total;
+                         put(sum_scale + j, V(get<V>(sum_scale + j) + scaled * get<V>(branch + j)));
+                         to_h.last(j, total);
+                         to_branch.last(j, V(scaled * get<V>(gamma + j)));
                        });
-    each<R>([&](auto i) {
-      grad_h.end(row + i, to_h[i]);
-      grad_branch.end(row + i, to_branch[i]);
-    });
-  });
+    grad_h.end(row, to_h);
+    grad_branch.end(row, to_branch);
+  }
 }
 
 }  // namespace
@@ -155,7 +138,7 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   static thread_local Scratch scratch;
   const int64_t M = p.h.rows, N = p.h.cols;
   const int threads = threads_for(M, N, p.threads);
-  const int64_t room = FORWARD_ROOM * ROWS * N;
+  const int64_t room = FORWARD_ROOM * N;
   const int64_t sizes[] = {N, N, N, Shares::room(threads), threads * room};
   Parts parts(scratch, sizes);
   if (!parts) return Status::out_of_memory;
@@ -166,7 +149,7 @@ Status residual_layer_norm_forward(const ResidualLayerNormForward& p) {
   const bool large = past_caches(4 * M * N);
   const NormedOutput out{Target(p.sum, large), Target(p.normed, large),
                          static_cast<float*>(p.mean.data), static_cast<float*>(p.rstd.data), p.eps};
-  const int64_t step = smaller(2 * ROWS_AT_ONCE, round_up(M / threads + 1, ROWS));
+  const int64_t step = smaller(2 * ROWS_AT_ONCE, M / threads + 1);
   const Shares shares(M, step, threads, counters);
 #pragma omp parallel for num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
@@ -182,7 +165,7 @@ Status residual_layer_norm_backward(const ResidualLayerNormBackward& p) {
   static thread_local Scratch scratch;
   const int64_t M = p.sum.rows, N = p.sum.cols;
   const int threads = threads_for(M, N, p.threads);
-  const int64_t room = BACKWARD_ROOM * ROWS * N;
+  const int64_t room = BACKWARD_ROOM * N;
   const int64_t sizes[] = {N, N, N, block_sums_size(M, 3 * N), Shares::room(threads),
                            threads * room};
   Parts parts(scratch, sizes);

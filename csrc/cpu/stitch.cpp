@@ -237,15 +237,16 @@ Status stitch_forward(const StitchForward& p) {
       read_or(group.bias, 0.0f, N, bias);
       read_or(group.norm_weight, 1.0f, N, norm_weight);
       read_or(group.norm_bias, 0.0f, N, norm_bias);
-      for_rows(first, first + rows, [&](int64_t row, auto count) {
-        constexpr int R = decltype(count)::value;
-        float* own[R];
-        for (int i = 0; i < R; ++i) own[i] = c + (row - first + i) * ldc;
-        out.write<R>(row, N, norm_weight, norm_bias, own, [&](auto v, auto i, int64_t j) {
-          using V = decltype(v);
-          return V(get<V>(own[i] + j) + get<V>(bias + j));
-        });
-      });
+      for (int64_t k = 0; k < rows; ++k) {
+        float* own = c + k * ldc;
+        out.write(
+            first + k, N, norm_weight, norm_bias, own,
+            [&](auto v, int64_t j) {
+              using V = decltype(v);
+              return V(get<V>(own + j) + get<V>(bias + j));
+            },
+            [](int64_t) {});
+      }
     }
     stream_fence();
     local.release_if_large();
@@ -329,7 +330,7 @@ Status stitch_backward(const StitchBackward& p) {
     const int64_t room_size = larger(
         larger(plan.room(), room_for_low_rank(highest, K)),
         transposed_product_size(larger(plan.stride(), dW.size() > 0 ? K : 0)));
-    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, 3 * ROWS * N, N, N};
+    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, 3 * N, N, N};
     Parts parts(local, sizes);
     if (!parts) {
 #pragma omp atomic write
@@ -349,36 +350,28 @@ Status stitch_backward(const StitchBackward& p) {
       read_or(group.norm_weight, 1.0f, N, norm_weight);
       const auto sum_rows = [&](int64_t begin, int64_t end, float* sum_bias) {
         float *sum_weight = sum_bias + N, *sum_norm_bias = sum_weight + N;
-        for_rows(group.first + begin, group.first + end, [&](int64_t row, auto count) {
-          constexpr int R = decltype(count)::value;
-          const auto own = [&](int k, int which) { return room_rows + (3 * k + which) * N; };
-          const float* direct[R];
-          for (int k = 0; k < R; ++k) direct[k] = values_or(p.grad_y, row + k, own(k, 2), zeros);
+        for (int64_t row = group.first + begin; row < group.first + end; ++row) {
+          const float* direct = values_or(p.grad_y, row, room_rows + 2 * N, zeros);
           if (!norm) {
             for_values(N, [&](auto v, int64_t j, auto) {
               using V = decltype(v);
-              V sum = get<V>(sum_bias + j);
-              for (int k = 0; k < R; ++k) sum += get<V>(direct[k] + j);
-              put(sum_bias + j, sum);
+              put(sum_bias + j, V(get<V>(sum_bias + j) + get<V>(direct + j)));
             });
-            return;
+            continue;
           }
-          NormedRow rows[R];
-          for (int k = 0; k < R; ++k)
-            rows[k] = {row_values(p.y, row + k, own(k, 0)),
-                       row_values(p.grad_normed, row + k, own(k, 1)), direct[k], zeros,
-                       grad_y + (row + k) * N, {mean[row + k], rstd[row + k]}};
-          normalize_backward(rows, N, norm_weight, sum_weight, sum_norm_bias,
-                             [&](auto v, const auto& total, int64_t j) {
+          const NormedRow values{row_values(p.y, row, room_rows),
+                                 row_values(p.grad_normed, row, room_rows + N),
+                                 direct,
+                                 zeros,
+                                 grad_y + row * N,
+                                 {mean[row], rstd[row]}};
+          normalize_backward(values, N, norm_weight, sum_weight, sum_norm_bias,
+                             [&](auto v, auto total, int64_t j) {
                                using V = decltype(v);
-                               V sum = get<V>(sum_bias + j);
-                               for (int k = 0; k < R; ++k) {
-                                 put(rows[k].grad + j, total[k]);
-                                 sum += total[k];
-                               }
-                               put(sum_bias + j, sum);
+                               put(values.grad + j, total);
+                               put(sum_bias + j, V(get<V>(sum_bias + j) + total));
                              });
-        });
+        }
       };
       sum_rows_of_block(blocks[i].begin, group.last - group.first, width,
                         sums + places[blocks[i].group].sums, sum_rows);
