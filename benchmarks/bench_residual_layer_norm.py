@@ -25,6 +25,7 @@ def _shapes(images: int) -> list[Shape]:
     return [
         *(Shape(n, {"M": M, "N": N, "s": 0}, compiled=n in "SBL") for n, N in widths.items()),
         *(Shape(f"{n}, DropPath", {"M": M, "N": widths[n], "s": images}) for n in "SBL"),
+        Shape("S, cached", {"M": M, "N": widths["S"], "s": 0}, cached=True),
         call(N=64, s=0),
     ]
 

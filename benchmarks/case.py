@@ -6,6 +6,7 @@ printed for a kernel that is wrong.
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import machine
 from benchmarks.subject import (
     PHASES,
     Baseline,
@@ -31,6 +33,7 @@ from snkernels.ops.library import OFFERED
 
 GPU_BACKENDS = ("triton", "cuda")
 EAGER = "eager"
+_MOST_COPIES = 32
 BARE = "bare kernel"  # what is left of a call without torch and this library around it
 
 
@@ -115,6 +118,7 @@ class Bench:
             self._cotangents = tuple(torch.randn_like(output) for output in outputs)
         self.arguments = [leaves]
         self.arguments += [self._leaves(leaves, case.dtype) for _ in range(self._copies())]
+        self._turn = itertools.cycle(range(len(self.arguments)))
         eager = case.entries()[0]
         self._exact = self._results(eager, self._leaves(leaves, torch.float64))
         self._eager = self._results(eager, leaves)
@@ -127,7 +131,7 @@ class Bench:
             if self.case.device.type == "cuda":
                 sample = gpu_timer(graph_of(calls), len(calls))
             else:
-                sample = host_timer(calls[0], calls=self.case.shape.calls)
+                sample = host_timer(self.in_turn(calls), calls=self.case.shape.calls)
         return Candidate(entry.name, sample, scope)
 
     def launch(self, entry: Entry) -> Candidate:
@@ -175,6 +179,10 @@ class Bench:
         copies = [self._call(entry, other, copy=True) for other in others]
         return [self._call(entry, first), *copies]
 
+    def in_turn(self, calls: list[Callable[[], Outputs]]) -> Callable[[], Outputs]:
+        """A call that takes the copy of the arguments that no entry has used for longest."""
+        return lambda: calls[next(self._turn)]()
+
     @contextlib.contextmanager
     def scope(self, entry: Entry) -> Iterator[None]:
         """The gradient mode of the phase and the backend of the entry, chosen ahead of the call."""
@@ -199,13 +207,16 @@ class Bench:
         }
 
     def _copies(self) -> int:
-        """Further copies of the arguments, so that on a GPU the L2 cache cannot hold them all."""
+        """Further copies of the arguments, so that caches cannot hold them all.
+
+        In a model each call has tensors of its own, and what other layers read and write comes
+        between. None where a shape says that caches may answer; few of what is tiny.
+        """
         case = self.case
-        if case.device.type != "cuda":
+        if case.shape.cached:
             return 0
         work = case.subject.work(case.shape, case.phase, case.dtype.itemsize)
-        cache = torch.cuda.get_device_properties(case.device).L2_cache_size
-        return math.ceil(2 * cache / work.bytes)
+        return min(math.ceil(2 * machine.cache_bytes(case.device) / work.bytes), _MOST_COPIES)
 
     def _call(self, entry: Entry, arguments: Tensors, copy: bool = False) -> Callable[[], Outputs]:
         forward = entry.bind(arguments)
@@ -269,7 +280,7 @@ class Trial:
                 benchmark.extra_info["calls"] = len(calls)
                 benchmark(replay_and_wait)
             else:
-                benchmark(calls[0])
+                benchmark(bench.in_turn(calls))
 
 
 _bench = functools.lru_cache(maxsize=1)(Bench)

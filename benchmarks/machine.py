@@ -12,6 +12,8 @@ import torch
 
 from snkernels.kernels import native
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_USUAL_CACHE = 32 << 20  # bytes
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "amx_tile")
 _ROOT = Path(__file__).parent.parent
 
@@ -19,6 +21,14 @@ _ROOT = Path(__file__).parent.parent
 def default_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache before memory: a GPU's L2, a CPU's L3, or 32 MiB where none is told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    told = (path.read_text().strip() for path in _CACHES.glob("index*/size"))
+    return max((1024 * int(size.removesuffix("K")) for size in told), default=_USUAL_CACHE)
 
 
 def describe() -> dict[str, Any]:

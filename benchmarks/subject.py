@@ -22,13 +22,15 @@ class Shape:
 
     ``compiled`` says whether torch.compile is timed there: it compiles for 4 to 50 seconds per
     phase, so only the shapes that a claim rests on have it. ``calls``: how many calls in a row a
-    sample of the host's clock is the mean of.
+    sample of the host's clock is the mean of. ``cached``: every call has the same arguments, so
+    that caches answer.
     """
 
     label: str
     sizes: dict[str, int]
     compiled: bool = False
     calls: int = 1
+    cached: bool = False
 
     def __getitem__(self, size: str) -> int:
         return self.sizes[size]

@@ -203,7 +203,7 @@ class OnGpu:
             torch.manual_seed(0)
             first = case.make()
         size = sum(t.numel() * t.itemsize for t in (*first.values(), *case.exact(first)))
-        copies = math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / size)
+        copies = math.ceil(2 * machine.cache_bytes(torch.device("cuda")) / size)
         arguments = [first] + [{n: t.clone() for n, t in first.items()} for _ in range(copies)]
         ready, refused = [], {}
         for i, config in enumerate(candidates):

@@ -35,7 +35,9 @@ LEGEND = (
     "ceilings. *merged* merges the low-rank part into the weight once, before the clock starts, "
     "and so gives `lora_A` and `lora_B` no gradient; *torch backend* is the op where no kernel is "
     "chosen; – was not timed (torch.compile compiles for long, so only where a claim rests on it). "
-    "*call* is one row, so small that its time is the cost of a call: the mean of 100 in a row."
+    "*call* is one row, so small that its time is the cost of a call: the mean of 100 in a row. As "
+    "in a model, each call has other arguments than those before it, more than caches hold; not so "
+    "*call* and what is *cached*."
 )
 
 

@@ -114,7 +114,7 @@ def _lines(record: Record, target: Target) -> Iterator[str]:
             default=None,
         )
         sizes = " ".join(f"{name}{size}" for name, size in case.sizes.items())
-        what = f"{case.op} {sizes} {target.phase}, " + (
+        what = f"{case.op} {case.shape} {sizes} {target.phase}, " + (
             "share of the roofline" if target.over == ROOFLINE else f"times over {target.over}"
         )
         if reached is None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import machine
 from benchmarks.case import BARE, Bench, Case, Entry, cases
 from benchmarks.subject import PHASES, Outputs, Phase, Shape, Subject, Tensors, subjects
 from snkernels.kernels import native
@@ -70,7 +72,7 @@ def test_all_entries_pass_the_check(subject: Subject, phase: Phase, r: int) -> N
     bench = Bench(case)
     for entry in case.entries():
         assert bench.check(entry) is None, entry.name
-        (call,) = bench.calls(entry)
+        call = bench.calls(entry)[0]
         with bench.scope(entry):
             outputs = call()
         learned = {"inference": 0, "forward": 0, "forward+backward": 1}[phase]
@@ -83,6 +85,40 @@ def test_all_entries_pass_the_check(subject: Subject, phase: Phase, r: int) -> N
 def test_training_learns_all_but_the_frozen_weight(subject: Subject) -> None:
     arguments = Bench(tiny(subject)).arguments[0]
     assert [name for name, leaf in arguments.items() if not leaf.requires_grad] == ["weight"]
+
+
+def test_calls_take_turns_with_more_arguments_than_caches_hold(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny(subject, "forward")
+    size = int(subject.work(case.shape, case.phase, 4).bytes)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: size + 1)
+    bench = Bench(case)
+    assert len(bench.arguments) == 4
+    taken: list[int] = []
+    entries = [
+        dataclasses.replace(
+            entry, bind=lambda t: lambda: (taken.append(t["x"].data_ptr()), (t["x"],))[1]
+        )
+        for entry in case.entries()[:3]
+    ]
+    for _ in range(2):
+        for entry in entries:
+            bench.candidate(entry).sample()
+    x = [arguments["x"].data_ptr() for arguments in bench.arguments]
+    assert taken == x + x[:2]
+    cached = dataclasses.replace(case, shape=dataclasses.replace(case.shape, cached=True))
+    assert len(Bench(cached).arguments) == 1
+
+
+def test_the_largest_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_CACHES", tmp_path)
+    cpu = torch.device("cpu")
+    assert machine.cache_bytes(cpu) == 2**25
+    for index, size in enumerate(("32K", "98304K", "1024K")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert machine.cache_bytes(cpu) == 96 * 2**20
 
 
 def spoiled(entry: Entry, backend: str | None, factor: float) -> Entry:

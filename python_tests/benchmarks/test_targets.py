@@ -36,7 +36,7 @@ def test_the_fastest_kernel_counts_and_backward_is_the_difference() -> None:
     forward = case("stitch_layer_norm", "forward", 15, SIZES, eager=50, merged=22, **kernels)
     both = case("stitch_layer_norm", "forward+backward", 40, SIZES, eager=150, cuda_backend=70)
     found = lines(record(forward, both))
-    text = "stitch_layer_norm M12608 K384 N1024 r64 "
+    text = "stitch_layer_norm S→L M12608 K384 N1024 r64 "
     assert found == [
         f"MISSED  0.75 of 0.8   {text}forward, share of the roofline (cuda backend)",
         f"met     2.50 of 2     {text}forward, times over eager (cuda backend)",
@@ -61,7 +61,7 @@ def test_a_kernel_that_failed_reaches_nothing() -> None:
 def test_a_call_may_cost_so_much_over_the_bare_kernel(micros: float, verdict: str) -> None:
     sizes = {"M": 1, "K": 8, "N": 8, "r": 4}
     timed = {"eager": 20e-6, "cpu_backend": micros * 1e-6}
-    text = "  stitch M1 K8 N8 r4 forward, times over bare kernel + 30 µs"
+    text = "  stitch S→L M1 K8 N8 r4 forward, times over bare kernel + 30 µs"
     (line,) = lines(
         record(case("stitch", "forward", 0, sizes, **timed, bare_kernel=2e-6), device="cpu")
     )
