@@ -2,12 +2,12 @@
 // checked where a tensor becomes a View (tensor.h).
 #include <pybind11/pybind11.h>
 
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "one_call.h"
+#include "run_cpu.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -53,7 +53,7 @@ struct type_caster<snk::View> {
 namespace {
 
 using py::handle;
-using snk::ANY, snk::View, snk::vector_of, snk::view_of;
+using snk::ANY, snk::run_cpu, snk::View, snk::vector_of, snk::view_of;
 
 // (first row, last row, scaling, weight, bias, lora_A, lora_B, norm_weight, norm_bias), and for the
 // backward the gradients of those six if they are wanted; all tensors or None.
@@ -118,16 +118,6 @@ View scale_of(handle drop_path_scale, int64_t rows, int64_t rows_per_scale) {
   if (scale && scale.cols * rows_per_scale < rows)
     throw py::value_error("drop_path_scale must have a value for every row");
   return scale;
-}
-
-template <typename Params>
-void run_cpu(snk::Status (*kernel)(const Params&), const Params& params) {
-  snk::Status status;
-  {
-    py::gil_scoped_release release;
-    status = kernel(params);
-  }
-  if (status == snk::Status::out_of_memory) throw std::bad_alloc();
 }
 
 void bind_cpu(py::module_& m) {
@@ -286,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
       false;
 #endif
   bind_cpu(m);
+  snk::bind_one_call(m);
 #ifdef SNK_WITH_CUDA
   m.attr("cuda_version") = SNK_CUDA_VERSION;
   m.attr("cuda_archs") = SNK_CUDA_ARCHS;

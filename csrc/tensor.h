@@ -36,17 +36,21 @@ inline bool fits(const View& view, int64_t rows, int64_t cols) {
   return (rows == ANY || rows == view.rows) && (cols == ANY || cols == view.cols);
 }
 
-// Fills `view` by one call into torch; false where torch has no such call, or where anything is not
-// just so. A subclass may see itself otherwise than torch does, so it is asked by attribute.
-inline bool look_at(pybind11::handle tensor, bool on_cpu, View& view) {
+// One call into torch; false where torch has no such call, or where the tensor is of a subclass, which
+// may see itself otherwise than torch does.
+inline bool describe(pybind11::handle tensor, dlpack::Tensor& described) {
   const Torch& known = of_torch();
   auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
   if (known.look == nullptr || (type != known.tensor && type != known.parameter)) return false;
+  if (known.look(tensor.ptr(), &described) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// Fills `view` in that way; false where anything is not just so.
+inline bool look_at(pybind11::handle tensor, bool on_cpu, View& view) {
   dlpack::Tensor t;
-  if (known.look(tensor.ptr(), &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
+  if (!describe(tensor, t)) return false;
   const bool here = on_cpu ? t.device == dlpack::cpu || t.device == dlpack::cpu_pinned
                            : t.device == dlpack::cuda;
   if (!here || (t.dims != 1 && t.dims != 2) || t.lanes != 1) return false;

@@ -33,7 +33,7 @@ inline RowStatistics row_statistics(const float* y, int64_t n, const Sum& total,
   return {guess + off, 1.0f / __builtin_sqrtf((variance < 0 ? 0 : variance) + eps)};
 }
 
-// y of an op, and LN(y) with its statistics if it is there.
+// y of an op, LN(y) if it is there, and its statistics if somebody wants them.
 struct NormedOutput {
   const Target y, normed;
   float *const mean, *const rstd;
@@ -56,8 +56,10 @@ struct NormedOutput {
     if (!normed) return;
     const float* values = to_y.near;
     const RowStatistics statistics = row_statistics(values, n, total, eps);
-    mean[row] = statistics.mean;
-    rstd[row] = statistics.rstd;
+    if (mean != nullptr) {
+      mean[row] = statistics.mean;
+      rstd[row] = statistics.rstd;
+    }
     const Place to_normed = normed.place(row, room);
     for_values(n, [&](auto v, int64_t j, auto) {
       using V = decltype(v);

@@ -39,7 +39,8 @@ struct StitchBackward {
 };
 
 // sum = h + layer_scale · drop_path_scale · branch, and LN(sum). `drop_path_scale` has one value
-// for every `rows_per_scale` rows. Absent scales are 1.
+// for every `rows_per_scale` rows. Absent scales are 1. Without a backward to come `mean` and `rstd`,
+// the row statistics, may be absent.
 struct ResidualLayerNormForward {
   View h, branch, layer_scale, drop_path_scale;
   int64_t rows_per_scale;

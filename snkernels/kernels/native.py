@@ -241,6 +241,49 @@ def _stitch_forward(
     return outputs
 
 
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, least_work: int, least_rows: int
+) -> Tensor | None:
+    """Y = x Wᵀ + b in inference, of that many multiply-adds and rows or more.
+
+    None if anything is not plainly right: then the arguments want a closer look.
+    """
+    y: Tensor | None = _C.linear(x, weight, bias, least_work, least_rows, torch.get_num_threads())
+    return y
+
+
+def width_of_stitches(x: Tensor, groups: list[Any]) -> int:
+    """The output width of stitches, (weight, …, norm_bias, scaling) each, that x (..., in) fits.
+
+    0 if anything is not plainly right.
+    """
+    width: int = _C.width_of_stitches(x, groups)
+    return width
+
+
+def fits_residual_layer_norm(*arguments: Tensor | float | None) -> bool:
+    """Whether :func:`residual_layer_norm` computes these, which it does if all is plainly right."""
+    fits: bool = _C.fits_residual_layer_norm(*arguments)
+    return fits
+
+
+def residual_layer_norm(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """(h + γ · branch, LN of that), (..., N), and mean and 1/σ of each row if they are wanted."""
+    done: tuple[Tensor, ...] | None = _C.residual_layer_norm(
+        h, branch, layer_scale, norm_weight, norm_bias, eps, statistics, torch.get_num_threads()
+    )
+    assert done is not None, "fits_residual_layer_norm was not asked"
+    return done
+
+
 def residual_layer_norm_forward(
     x: Tensor,
     branch: Tensor,

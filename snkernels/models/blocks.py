@@ -36,13 +36,15 @@ Block: TypeAlias = Any
 Stream: TypeAlias = list[Any]
 
 # Classes whose forward is known to be what is done here part by part.
-_BLOCKS = {"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"}
-_LAYER_SCALES = {
-    "snkernels.models.vit.LayerScale",
-    "timm.layers.layer_scale.LayerScale",
-    "timm.models.vision_transformer.LayerScale",
-}
-_DROP_PATHS = {"snkernels.models.vit.DropPath", "timm.layers.drop.DropPath"}
+_BLOCKS = frozenset({"snkernels.models.vit.Block", "timm.models.vision_transformer.Block"})
+_LAYER_SCALES = frozenset(
+    {
+        "snkernels.models.vit.LayerScale",
+        "timm.layers.layer_scale.LayerScale",
+        "timm.models.vision_transformer.LayerScale",
+    }
+)
+_DROP_PATHS = frozenset({"snkernels.models.vit.DropPath", "timm.layers.drop.DropPath"})
 
 
 def entry_norm(block: Block) -> nn.LayerNorm | None:
@@ -109,7 +111,7 @@ def is_plain_norm(norm: nn.Module) -> bool:
     return is_layer_norm(norm) and is_untouched(norm)
 
 
-def _is_identity_or_in(module: nn.Module, classes: set[str]) -> bool:
+def _is_identity_or_in(module: nn.Module, classes: frozenset[str]) -> bool:
     known = type(module) is nn.Identity or is_one_of(classes, module)
     return known and is_untouched(module)
 

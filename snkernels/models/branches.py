@@ -8,7 +8,7 @@ else there is, is called as the module that it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,15 +18,17 @@ from torch.nn.modules.module import _has_any_global_hook
 from snkernels.ops import linear
 
 # Classes whose forward is known to be what is done here part by part.
-_ATTENTIONS = {
-    "snkernels.models.vit.Attention",
-    "timm.layers.attention.Attention",
-    "timm.models.vision_transformer.Attention",
-}
-_MLPS = {"snkernels.models.vit.Mlp", "timm.layers.mlp.Mlp"}
-_LINEARS = {"torch.nn.modules.linear.Linear"}
-_IDENTITIES = {"torch.nn.modules.linear.Identity"}
-_DROPOUTS = {"torch.nn.modules.dropout.Dropout"}
+_ATTENTIONS = frozenset(
+    {
+        "snkernels.models.vit.Attention",
+        "timm.layers.attention.Attention",
+        "timm.models.vision_transformer.Attention",
+    }
+)
+_MLPS = frozenset({"snkernels.models.vit.Mlp", "timm.layers.mlp.Mlp"})
+_LINEARS = frozenset({"torch.nn.modules.linear.Linear"})
+_IDENTITIES = frozenset({"torch.nn.modules.linear.Identity"})
+_DROPOUTS = frozenset({"torch.nn.modules.dropout.Dropout"})
 
 
 def in_parts(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -66,10 +68,15 @@ def attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
     return _project(attention.proj, attended.transpose(1, 2).flatten(2))
 
 
-def is_one_of(classes: set[str], module: nn.Module) -> bool:
+def is_one_of(classes: frozenset[str], module: nn.Module) -> bool:
     """Whether a module is of one of these classes, full names, and runs what stands in it."""
-    kind = type(module)
-    name, forward = f"{kind.__module__}.{kind.__qualname__}", kind.forward
+    kind: Any = type(module)
+    return _is_named(classes, kind, kind.forward)
+
+
+@lru_cache(maxsize=256)
+def _is_named(classes: frozenset[str], kind: Any, forward: Any) -> bool:
+    name = f"{kind.__module__}.{kind.__qualname__}"
     return name in classes and f"{forward.__module__}.{forward.__qualname__}" == f"{name}.forward"
 
 

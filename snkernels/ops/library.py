@@ -18,6 +18,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from snkernels import backends
@@ -75,13 +76,31 @@ def register(
 
 def is_transformed(args: Sequence[Any]) -> bool:
     """Whether torch would do something else for a call: trace it, count it or convert tensors."""
+    return _is_transforming() or not _are_plain(args)
+
+
+def _is_transforming() -> bool:
+    """Whether torch does something else for every call at present."""
     return (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()
         or _is_tracing()
-        or not _are_plain(args)
+    )
+
+
+def in_one_call(op: str, x: Any) -> bool:
+    """Whether the compiled module may compute an op alone, if it likes all of its arguments.
+
+    It may where nobody watches or casts, on the CPU in fp32.
+    """
+    return (
+        type(x) in _TENSORS
+        and x.is_cpu
+        and backends.choose(op, OFFERED[op], "cpu", torch.float32).backend == "cpu"
+        and not (_is_transforming() or _profiler_enabled() or forward_ad._current_level >= 0)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from snkernels.backends import choose, forced_backend
-from snkernels.ops.library import OFFERED, autocast_dtype, device_type, is_transformed
+from snkernels.kernels import native
+from snkernels.ops.library import (
+    OFFERED,
+    autocast_dtype,
+    device_type,
+    in_one_call,
+    is_transformed,
+)
 from snkernels.ops.stitch import stitch
 
 OFFERED["linear"] = ("torch", "cpu")
@@ -44,7 +51,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: arguments that do not fit together.
     """
+    if not torch.is_grad_enabled() and in_one_call("linear", x) and (bounds := _bounds()):
+        y = native.linear(x, weight, bias, *bounds)
+        if y is not None:
+            return y
     return stitch(x, weight, bias) if _by_kernel(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def _bounds() -> tuple[int, int] | None:
+    """Multiply-adds and rows from which on the kernel computes a layer; None if it does not."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return None
+    if (forced := forced_backend()) is not None:
+        return (0, 0) if forced == "cpu" else None
+    return (ENOUGH, ROWS) if torch.get_num_threads() <= THREADS else None
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -58,10 +78,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             return False
     if x.is_nested or autocast_dtype(device, dtype) is not dtype:
         return False
-    if torch.get_float32_matmul_precision() != "highest":
+    if (bounds := _bounds()) is None:
         return False
-    if (forced := forced_backend()) is not None:
-        return forced == "cpu"
-    work = x.numel() * len(weight)
-    enough = work >= ENOUGH and x.numel() >= ROWS * x.shape[-1]
-    return enough and torch.get_num_threads() <= THREADS
+    enough, rows = bounds
+    return x.numel() * len(weight) >= enough and x.numel() >= rows * x.shape[-1]

@@ -20,6 +20,7 @@ from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import check_input, check_number, check_stitch, check_tensor
 from snkernels.ops.library import (
     autocast,
+    in_one_call,
     needs_grad,
     register,
     triton_kernel,
@@ -275,15 +276,17 @@ class _MultiStitch(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         group_offsets: Tensor | None,
-        known_offsets: Sequence[int] | None,
+        known_offsets: list[int] | None,
         scalings: Sequence[float],
         out_features: int,
         normalize: bool,
         eps: float,
+        plain: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, mean, rstd = _forward_op(
-            x, group_offsets, known_offsets, tensors, scalings, out_features, normalize, eps
+        y, normed, mean, rstd = _compute(
+            *(x, group_offsets, known_offsets, tensors, scalings, out_features, normalize, eps),
+            plain,
         )
         of_norm = (y, mean, rstd) if normalize else (None, None, None)
         ctx.save_for_backward(x, group_offsets, *of_norm, *tensors)
@@ -301,7 +304,7 @@ class _MultiStitch(torch.autograd.Function):
             grad_normed = None  # compiled code hands in zeros, of the empty output
         if grad_y is None and grad_normed is None:
             return (None,) * len(ctx.needs_input_grad)
-        need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        need_x, need_tensors = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
         used = [True] * (TENSORS - 2) + [grad_normed is not None] * 2
         needs = [need_x, *(need and used[i % TENSORS] for i, need in enumerate(need_tensors))]
         offsets = group_offsets, ctx.known_offsets
@@ -309,10 +312,29 @@ class _MultiStitch(torch.autograd.Function):
             grad_y, grad_normed, x, *offsets, tensors, ctx.scalings, y, mean, rstd, needs
         )
         grad_x, *grad_tensors = spread(grads, needs)
-        return grad_x, *[None] * 6, *grad_tensors
+        return grad_x, *[None] * 7, *grad_tensors
 
 
 _apply = applied(_MultiStitch)
+
+
+def _compute(
+    x: Tensor,
+    group_offsets: Tensor | None,
+    known_offsets: list[int] | None,
+    tensors: Optionals,
+    scalings: Sequence[float],
+    out_features: int,
+    normalize: bool,
+    eps: float,
+    plain: bool,
+) -> Outputs:
+    """By the library op, or where all is plainly right and nobody watches, without it."""
+    arguments = tensors, scalings, out_features, normalize, eps
+    if plain and known_offsets is not None:
+        return native.multi_stitch_forward(x, known_offsets, *arguments)
+    outputs: Outputs = _forward_op(x, group_offsets, known_offsets, *arguments)
+    return outputs
 
 
 def _multi_stitch(
@@ -322,6 +344,26 @@ def _multi_stitch(
     normalize: bool,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
+    groups = list(groups)
+    out_features = native.width_of_stitches(x, groups) if in_one_call("multi_stitch", x) else 0
+    plain = out_features > 0 and x.dim() == 2
+    if not plain:
+        out_features = _check_groups(x, groups)
+    check_number("eps", eps, 0.0)
+    offsets, known, groups = _where_rows_are(group_offsets, x, groups)
+    tensors: list[Tensor | None] = []
+    for group in groups:
+        tensors += _without_rank_zero(group)[:TENSORS]
+    x = x if plain else autocast(x)
+    scalings = [float(group.scaling) for group in groups]
+    how = out_features, normalize, float(eps), plain
+    if needs_grad(x, *tensors):
+        return _apply(x, offsets, known, scalings, *how, *tensors)
+    return _compute(x, offsets, known, tensors, scalings, *how)[:2]
+
+
+def _check_groups(x: Tensor, groups: Sequence[StitchGroup]) -> int:
+    """Raises unless the parameters of all groups fit x and each other; returns the output width."""
     check_input(x)
     if x.dim() != 2:
         raise ValueError(f"x must have shape (rows, in), but it has {tuple(x.shape)}")
@@ -343,23 +385,7 @@ def _multi_stitch(
             check_tensor("norm_bias", group.norm_bias, x, (out_features,))
         except (TypeError, ValueError) as error:
             raise type(error)(f"groups[{i}]: {error}") from None
-    check_number("eps", eps, 0.0)
-    offsets, known, groups = _where_rows_are(group_offsets, x, groups)
-    tensors: list[Tensor | None] = []
-    for group in groups:
-        tensors += _without_rank_zero(group)[:TENSORS]
-    arguments = (
-        autocast(x),
-        offsets,
-        known,
-        [float(group.scaling) for group in groups],
-        out_features,
-        normalize,
-        float(eps),
-    )
-    if needs_grad(x, *tensors):
-        return _apply(*arguments, *tensors)
-    return _forward_op(*arguments[:3], tensors, *arguments[3:])[:2]
+    return out_features
 
 
 def _without_rank_zero(group: StitchGroup) -> StitchGroup:

@@ -17,6 +17,7 @@ from snkernels.ops.checks import as_rows, check_input, check_number, check_tenso
 from snkernels.ops.library import (
     autocast_dtype,
     device_type,
+    in_one_call,
     needs_grad,
     register,
     triton_kernel,
@@ -135,20 +136,19 @@ class _ResidualLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        h: Tensor,
         branch: Tensor,
         layer_scale: Tensor | None,
         drop_path_scale: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         eps: float,
-        normed_dtype: torch.dtype,
+        normed_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        total, normed, mean, rstd = _forward_op(
-            x, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps, normed_dtype
-        )
+        arguments = (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)
+        total, normed, mean, rstd = _compute(*arguments, eps, normed_dtype, statistics=True)
         ctx.save_for_backward(
-            x, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
+            h, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
         )
         ctx.set_materialize_grads(False)
         return total, normed
@@ -156,13 +156,18 @@ class _ResidualLayerNorm(torch.autograd.Function):
     @staticmethod
     @differentiable_once("residual_layer_norm")
     def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> Any:
-        need_x, need_branch, need_scale, _, *need_norm = ctx.needs_input_grad[:6]
+        h, branch, layer_scale, drop_path_scale, total, *rest = ctx.saved_tensors
+        need_h, need_branch, need_scale, _, *need_norm = ctx.needs_input_grad[:6]
         if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
             need_norm = [False, False]
-        needs = [need_x, need_branch, need_scale, *need_norm]
-        grads = _backward_op(grad_sum, grad_normed, *ctx.saved_tensors, needs)
-        *residual_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
-        return *residual_grads, None, norm_weight_grad, norm_bias_grad, None, None
+        needs = [need_h, need_branch, need_scale, *need_norm]
+        tokens = (None if t is None else as_rows(t) for t in (grad_sum, grad_normed, h, branch))
+        grads = _backward_op(*tokens, layer_scale, drop_path_scale, as_rows(total), *rest, needs)
+        grad_h, grad_branch, grad_scale, *grads_of_norm = spread(grads, needs)
+        grad_h, grad_branch = (
+            None if g is None else from_rows(g, h) for g in (grad_h, grad_branch)
+        )
+        return grad_h, grad_branch, grad_scale, None, *grads_of_norm, None, None
 
 
 _apply = applied(_ResidualLayerNorm)
@@ -201,6 +206,31 @@ def residual_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
+    arguments = (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)
+    normed_dtype = None
+    if not (
+        drop_path_scale is None
+        and in_one_call("residual_layer_norm", h)
+        and native.fits_residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps)
+    ):
+        _check(*arguments, eps)
+        eps = float(eps)
+        dtype = torch.promote_types(h.dtype, branch.dtype)
+        normed_dtype = autocast_dtype(device_type(h), dtype)
+    op = _apply if needs_grad(*arguments) else _compute
+    total, normed, *_ = op(*arguments, eps, normed_dtype)
+    return total, normed
+
+
+def _check(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> None:
     check_input(h, "h")
     if h.dim() == 0:
         raise ValueError("h must have at least one dimension, but it has none")
@@ -215,16 +245,25 @@ def residual_layer_norm(
         raise ValueError("drop_path_scale must be None for h of one dimension: it scales samples")
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
-    dtype = torch.promote_types(h.dtype, branch.dtype)
-    arguments = (
-        as_rows(h),
-        as_rows(branch),
-        layer_scale,
-        drop_path_scale,
-        norm_weight,
-        norm_bias,
+
+
+def _compute(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    normed_dtype: torch.dtype | None,
+    statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """The sum, LN of it and, if wanted, its statistics; without a dtype by one call."""
+    if normed_dtype is None:
+        scales = layer_scale, norm_weight, norm_bias
+        return native.residual_layer_norm(h, branch, *scales, eps, statistics)
+    total, normed, *rest = _forward_op(
+        *(as_rows(h), as_rows(branch), layer_scale, drop_path_scale),
+        *(norm_weight, norm_bias, eps, normed_dtype),
     )
-    differentiable = needs_grad(*arguments)
-    op = _apply if differentiable else _forward_op
-    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(device_type(h), dtype))
-    return from_rows(total, h), from_rows(normed, h)
+    return from_rows(total, h), from_rows(normed, h), *rest

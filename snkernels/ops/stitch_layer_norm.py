@@ -22,6 +22,7 @@ from snkernels.ops.checks import (
 )
 from snkernels.ops.library import (
     autocast,
+    in_one_call,
     needs_grad,
     register,
     triton_kernel,
@@ -114,10 +115,10 @@ class _StitchLayerNorm(torch.autograd.Function):
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         eps: float,
+        plain: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, mean, rstd = _forward_op(
-            x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
-        )
+        norm = norm_weight, norm_bias, eps
+        y, normed, mean, rstd = _compute(x, weight, bias, lora_A, lora_B, scaling, *norm, plain)
         ctx.save_for_backward(
             x, weight, bias, lora_A, lora_B, y, mean, rstd, norm_weight, norm_bias
         )
@@ -129,19 +130,36 @@ class _StitchLayerNorm(torch.autograd.Function):
     @differentiable_once("stitch_layer_norm")
     def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
         operands, residuals = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8)]
+        needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8, 9)]
         if grad_normed is not None:
             grads = _backward_op(grad_y, grad_normed, *operands, ctx.scaling, *residuals, needs)
         else:  # LN(y) was not used, so its parameters get no gradient, as in eager torch
             needs[5:] = False, False
             if grad_y is None:
-                return (None,) * 9
+                return (None,) * 10
             grads = stitch_backward(grad_y, *operands, ctx.scaling, needs[:5])
         *stitch_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
-        return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None
+        return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None, None
 
 
 _apply = applied(_StitchLayerNorm)
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    plain: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the library op, or where all is plainly right and nobody watches, without it."""
+    op = native.stitch_layer_norm_forward if plain else _forward_op
+    return op(x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps)
 
 
 def stitch_layer_norm(
@@ -180,16 +198,18 @@ def stitch_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
-    check_input(x)
-    check_stitch(x, weight, bias, lora_A, lora_B, scaling)
-    check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
-    check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
+    stitch = (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling)
+    plain = in_one_call("stitch_layer_norm", x) and native.width_of_stitches(x, [stitch]) > 0
+    if not plain:
+        check_input(x)
+        check_stitch(x, weight, bias, lora_A, lora_B, scaling)
+        check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
+        check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
     check_number("eps", eps, 0.0)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = as_rows(autocast(x))
-    stitch_arguments, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
-    differentiable = needs_grad(*stitch_arguments, *norm)
-    op = _apply if differentiable else _forward_op
-    y, normed, *_ = op(*stitch_arguments, float(scaling), *norm, float(eps))
+    rows = as_rows(x if plain else autocast(x))
+    operands, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
+    op = _apply if needs_grad(*operands, *norm) else _compute
+    y, normed, *_ = op(*operands, float(scaling), *norm, float(eps), plain)
     return from_rows(y, x), from_rows(normed, x)

@@ -1,0 +1,188 @@
+// Whole ops by one call: arguments are looked at here and outputs made here. A call
+// comes after GEMMs that leave nothing of the interpreter in the caches, and what each line of Python
+// then waits for memory adds up to some percent of a block.
+//
+// What is not plainly right is neither refused nor computed: the answer is None, and the caller, who
+// has all the checks and knows all the cases, begins anew.
+#include "one_call.h"
+
+#include <cmath>
+
+#include "run_cpu.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace snk {
+namespace {
+
+using py::handle;
+
+// Whether a tensor is what it seems and not empty: fp32 in CPU memory, with no negation pending.
+bool is_plain(handle tensor, dlpack::Tensor& t) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  if (!describe(tensor, t) || (t.device != dlpack::cpu && t.device != dlpack::cpu_pinned) ||
+      t.code != dlpack::floating || t.bits != 32 || t.lanes != 1 || t.dims < 1)
+    return false;
+  for (int d = 0; d < t.dims; ++d)
+    if (t.shape[d] == 0) return false;
+  if (t.data == nullptr) return false;  // zeros that torch has not written anywhere
+  const auto negated = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
+  if (!negated) throw py::error_already_set();
+  return negated.is(py::bool_(false));
+}
+
+// Tokens (…, width) as a matrix; false where rows are not equally far apart.
+bool rows_of_tokens(const dlpack::Tensor& t, View& rows) {
+  const int64_t width = t.shape[t.dims - 1];
+  rows = {static_cast<char*>(t.data) + t.byte_offset, DType::f32, 1, width, width,
+          t.strides[t.dims - 1]};
+  for (int d = t.dims - 2; d >= 0; --d) {
+    if (t.shape[d] == 1) continue;
+    if (rows.rows == 1)
+      rows.row_stride = t.strides[d];
+    else if (t.strides[d] != rows.rows * rows.row_stride)
+      return false;
+    rows.rows *= t.shape[d];
+  }
+  return true;
+}
+
+// A matrix, or a vector of `size` or None, as a view.
+bool look_at_matrix(handle tensor, View& matrix) {
+  dlpack::Tensor t;
+  return is_plain(tensor, t) && t.dims == 2 && rows_of_tokens(t, matrix);
+}
+bool look_at_vector(handle tensor, int64_t size, View& vector) {
+  dlpack::Tensor t;
+  if (tensor.is_none()) return true;
+  return is_plain(tensor, t) && t.dims == 1 && t.shape[0] == size && rows_of_tokens(t, vector);
+}
+
+bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  bool same = a.dims == b.dims;
+  for (int d = 0; same && d < a.dims; ++d) same = a.shape[d] == b.shape[d];
+  return same;
+}
+
+// Room for an output, and what a kernel is told of it.
+py::object new_empty(handle like, const py::tuple& shape, View& view) {
+  static PyObject* const name = PyUnicode_InternFromString("new_empty");
+  auto made = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodOneArg(like.ptr(), name, shape.ptr()));
+  if (!made) throw py::error_already_set();
+  dlpack::Tensor described;
+  if (!describe(made, described) || !rows_of_tokens(described, view))
+    throw py::type_error("new_empty must return a tensor, but it did not");
+  return made;
+}
+
+// The same for tokens of so many features, in the shape of others.
+py::object new_tokens(handle like, const dlpack::Tensor& t, int64_t width, View& rows) {
+  py::tuple shape(t.dims);
+  for (int d = 0; d < t.dims; ++d) shape[d] = d < t.dims - 1 ? t.shape[d] : width;
+  return new_empty(like, shape, rows);
+}
+
+py::object linear(handle x, handle weight, handle bias, int64_t least_work, int64_t least_rows,
+                  int threads) {
+  dlpack::Tensor t;
+  cpu::StitchForward p{};
+  cpu::StitchGroup group{};
+  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !look_at_matrix(weight, group.weight) ||
+      group.weight.cols != p.x.cols || !look_at_vector(bias, group.weight.rows, group.bias))
+    return py::none();
+  if (p.x.rows < least_rows || p.x.rows * p.x.cols * group.weight.rows < least_work)
+    return py::none();
+  py::object y = new_tokens(x, t, group.weight.rows, p.y);
+  group.last = p.x.rows;
+  group.scaling = 1;
+  p.groups = &group;
+  p.count = 1;
+  p.threads = threads;
+  run_cpu(cpu::kernels().stitch_forward, p);
+  return y;
+}
+
+// Reads the arguments of residual_layer_norm; `t` is what h is.
+bool read_residual(handle h, handle branch, handle layer_scale, handle norm_weight,
+                   handle norm_bias, handle eps, dlpack::Tensor& t,
+                   cpu::ResidualLayerNormForward& p) {
+  dlpack::Tensor other;
+  if (!PyFloat_CheckExact(eps.ptr()) || !is_plain(h, t) || !rows_of_tokens(t, p.h) ||
+      !is_plain(branch, other) || !same_shape(t, other) || !rows_of_tokens(other, p.branch) ||
+      !look_at_vector(layer_scale, p.h.cols, p.layer_scale) ||
+      !look_at_vector(norm_weight, p.h.cols, p.norm_weight) ||
+      !look_at_vector(norm_bias, p.h.cols, p.norm_bias))
+    return false;
+  const double added = PyFloat_AS_DOUBLE(eps.ptr());
+  p.rows_per_scale = p.h.rows;
+  p.eps = float(added);
+  return std::isfinite(added) && added >= 0;
+}
+
+bool fits_residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
+                              handle norm_bias, handle eps) {
+  dlpack::Tensor t;
+  cpu::ResidualLayerNormForward p{};
+  return read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p);
+}
+
+py::object residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
+                               handle norm_bias, handle eps, bool statistics, int threads) {
+  dlpack::Tensor t;
+  cpu::ResidualLayerNormForward p{};
+  if (!read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p)) return py::none();
+  p.threads = threads;
+  py::object sum = new_tokens(h, t, p.h.cols, p.sum), normed = new_tokens(h, t, p.h.cols, p.normed);
+  if (!statistics) {
+    run_cpu(cpu::kernels().residual_layer_norm_forward, p);
+    return py::make_tuple(sum, normed);
+  }
+  py::object mean = new_empty(h, py::make_tuple(p.h.rows), p.mean), rstd = new_empty(h, py::make_tuple(p.h.rows), p.rstd);
+  run_cpu(cpu::kernels().residual_layer_norm_forward, p);
+  return py::make_tuple(sum, normed, mean, rstd);
+}
+
+// Whether parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) fit
+// tokens of K features.
+bool is_plain_stitch(handle group, int64_t K, View& weight) {
+  if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != 7) return false;
+  const auto at = [&](Py_ssize_t i) { return handle(PyTuple_GET_ITEM(group.ptr(), i)); };
+  View vector, A, B;
+  if (!look_at_matrix(at(0), weight) || weight.cols != K) return false;
+  if (at(2).is_none() != at(3).is_none()) return false;
+  if (!at(2).is_none() && (!look_at_matrix(at(2), A) || A.cols != K || !look_at_matrix(at(3), B) ||
+                           B.rows != weight.rows || B.cols != A.rows))
+    return false;
+  for (const Py_ssize_t i : {1, 4, 5})
+    if (!look_at_vector(at(i), weight.rows, vector)) return false;
+  return PyFloat_CheckExact(at(6).ptr()) && std::isfinite(PyFloat_AS_DOUBLE(at(6).ptr()));
+}
+
+int64_t width_of_stitches(handle x, handle groups) {
+  dlpack::Tensor t;
+  if (!is_plain(x, t) || !PyList_Check(groups.ptr())) return 0;
+  int64_t width = 0;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups.ptr()); ++i) {
+    View weight;
+    if (!is_plain_stitch(PyList_GET_ITEM(groups.ptr(), i), t.shape[t.dims - 1], weight)) return 0;
+    if (i > 0 && weight.rows != width) return 0;
+    width = weight.rows;
+  }
+  return width;
+}
+
+}  // namespace
+
+void bind_one_call(py::module_& m) {
+  m.def("linear", &linear, "y = x Wᵀ + b if it has so many multiply-adds and rows, or None.");
+  m.def("residual_layer_norm", &residual_layer_norm,
+        "h + γ · branch, LN of that and, if wanted, its statistics; or None.");
+  m.def("fits_residual_layer_norm", &fits_residual_layer_norm, "Whether that would not be None.");
+  m.def("width_of_stitches", &width_of_stitches,
+        "The output width of a list of stitches that are plainly right for x, or 0.");
+}
+
+}  // namespace snk
