@@ -32,8 +32,9 @@ from snkernels.backends import BACKENDS, choose, obstacle, use_backend
 from snkernels.ops.library import OFFERED
 
 GPU_BACKENDS = ("triton", "cuda")
+# Of tiny arguments: to fill a cache with them would take thousands, and they lie in it in any case.
+_MOST_COPIES = 256
 EAGER = "eager"
-_MOST_COPIES = 32
 BARE = "bare kernel"  # what is left of a call without torch and this library around it
 
 
@@ -116,8 +117,9 @@ class Bench:
             with torch.no_grad():
                 outputs = case.subject.eager(leaves)
             self._cotangents = tuple(torch.randn_like(output) for output in outputs)
+        self.copies = self._copies(leaves)
         self.arguments = [leaves]
-        self.arguments += [self._leaves(leaves, case.dtype) for _ in range(self._copies())]
+        self.arguments += [self._leaves(leaves, case.dtype) for _ in range(self.copies)]
         self._turn = itertools.cycle(range(len(self.arguments)))
         eager = case.entries()[0]
         self._exact = self._results(eager, self._leaves(leaves, torch.float64))
@@ -206,17 +208,19 @@ class Bench:
             for name, tensor in tensors.items()
         }
 
-    def _copies(self) -> int:
+    def _copies(self, leaves: Tensors) -> int:
         """Further copies of the arguments, so that caches cannot hold them all.
 
         In a model each call has tensors of its own, and what other layers read and write comes
-        between. None where a shape says that caches may answer; few of what is tiny.
+        between. None where a shape says that caches may answer.
         """
-        case = self.case
-        if case.shape.cached:
+        if self.case.shape.cached:
             return 0
-        work = case.subject.work(case.shape, case.phase, case.dtype.itemsize)
-        return min(math.ceil(2 * machine.cache_bytes(case.device) / work.bytes), _MOST_COPIES)
+        read = [*leaves.values()]
+        if self.case.phase == "forward+backward":
+            read += self._cotangents
+        size = sum(tensor.nbytes for tensor in read)
+        return min(math.ceil(2 * machine.cache_bytes(self.case.device) / size), _MOST_COPIES)
 
     def _call(self, entry: Entry, arguments: Tensors, copy: bool = False) -> Callable[[], Outputs]:
         forward = entry.bind(arguments)

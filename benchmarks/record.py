@@ -66,6 +66,7 @@ def time_case(
         dtype=str(case.dtype).removeprefix("torch."),
         phase=case.phase,
         rounds=len(samples[EAGER]),
+        copies=bench.copies,
         floor_seconds=ceilings.floor(
             case.subject.work(case.shape, case.phase, case.dtype.itemsize)
         ),

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.roofline import Ceilings
 from benchmarks.timing import Spread
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -33,7 +33,11 @@ class EntryResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Entries that took turns. ``floor_seconds`` is what the roofline allows."""
+    """Entries that took turns. ``floor_seconds`` is what the roofline allows.
+
+    ``copies``: how many sets of arguments beside the first took turns, so that caches could not
+    answer; none where they were to.
+    """
 
     op: str
     shape: str
@@ -41,6 +45,7 @@ class CaseResult:
     dtype: str
     phase: str
     rounds: int
+    copies: int
     floor_seconds: float
     entries: list[EntryResult]
 

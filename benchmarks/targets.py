@@ -105,6 +105,8 @@ def _lines(record: Record, target: Target) -> Iterator[str]:
             continue
         if any(case.sizes.get(name) != size for name, size in target.sizes):
             continue
+        if case.copies == 0 and target.over != CALL:
+            continue  # what caches answer says little of a model
         reached = max(
             (
                 (ratio, entry.name)
@@ -142,8 +144,8 @@ def _seconds(record: Record, case: CaseResult, name: str, phase: str) -> float |
 
     if phase != "backward":
         return of(case)
-    key = (case.op, case.sizes, case.dtype, "forward+backward")
-    both = (c for c in record.cases if (c.op, c.sizes, c.dtype, c.phase) == key)
+    key = (case.op, case.shape, case.sizes, case.dtype, "forward+backward")
+    both = (c for c in record.cases if (c.op, c.shape, c.sizes, c.dtype, c.phase) == key)
     whole, first = next(map(of, both), None), of(case)
     return None if whole is None or first is None or whole <= first else whole - first
 

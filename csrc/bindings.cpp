@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "one_call.h"
+#include "plain.h"
 #include "run_cpu.h"
 #include "tensor.h"
 
@@ -276,7 +276,7 @@ PYBIND11_MODULE(_C, m) {
       false;
 #endif
   bind_cpu(m);
-  snk::bind_one_call(m);
+  snk::bind_plain(m);
 #ifdef SNK_WITH_CUDA
   m.attr("cuda_version") = SNK_CUDA_VERSION;
   m.attr("cuda_archs") = SNK_CUDA_ARCHS;

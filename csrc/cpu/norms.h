@@ -7,7 +7,8 @@
 
 namespace snk::cpu::SNK_ISA {
 
-// Brings a value of a row of n to come to the L2 cache. Past the last row nothing happens.
+// Brings to the L2 cache what lies four rows of n further on: a row to come where rows are n apart.
+// Past the last one, and of rows that lie elsewhere, it brings what nobody needs, and nothing breaks.
 inline void fetch_ahead(const float* value, int64_t n) {
   constexpr int ROWS_AHEAD = 4, TO_L2 = 2;
   __builtin_prefetch(value + ROWS_AHEAD * n, 0, TO_L2);
@@ -39,12 +40,12 @@ struct NormedOutput {
   float *const mean, *const rstd;
   const float eps;
 
-  // Writes a row whose values are value(V(), j); `room` is for it while it is worked on, and next(j)
-  // is called while there is time to fetch what the next row is made of. LN is of the y that is
+  // Writes a row whose values are value(V(), j); `room` is for it while it is worked on, and ahead(j)
+  // is called while there is time to fetch what rows to come are made of. LN is of the y that is
   // returned, or the backward, which starts from it, would not fit.
-  template <typename Value, typename Next>
+  template <typename Value, typename Ahead>
   void write(int64_t row, int64_t n, const float* weight, const float* bias, float* room,
-             Value value, Next next) const {
+             Value value, Ahead ahead) const {
     const Place to_y = y.place(row, room);
     Sum total;
     for_values(n, [&](auto v, int64_t j, auto chain) {
@@ -63,7 +64,7 @@ struct NormedOutput {
     const Place to_normed = normed.place(row, room);
     for_values(n, [&](auto v, int64_t j, auto) {
       using V = decltype(v);
-      next(j);
+      ahead(j);
       const V normalized = (get<V>(values + j) - statistics.mean) * statistics.rstd;
       to_normed.last(j, V(normalized * get<V>(weight + j) + get<V>(bias + j)));
     });
@@ -85,7 +86,7 @@ struct NormedRow {
 template <typename Finish>
 inline void normalize_backward(const NormedRow& row, int64_t n, const float* weight,
                                float* sum_weight, float* sum_bias, Finish finish) {
-  const auto [mean_of_y, rstd] = row.statistics;
+  const float mean_of_y = row.statistics.mean, rstd = row.statistics.rstd;
   Sum weighted, weighted_deviation;
   for_values(n, [&](auto v, int64_t j, auto chain) {
     using V = decltype(v);

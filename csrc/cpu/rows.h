@@ -133,7 +133,7 @@ class Target {
   bool in_place_, streams_;
 };
 
-constexpr int CHAINS = 2;  // sums of a row in flight, beside those of the row that goes with it
+constexpr int CHAINS = 2;  // sums of a row in flight
 
 // body(V(), j, chain) for the values from j on of a row of n, where V is vec or float.
 template <typename Body>

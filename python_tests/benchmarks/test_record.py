@@ -91,7 +91,7 @@ def test_json_round_trip(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 0}, "must be a benchmark record of schema 1"),
+        ({"schema": 0}, "must be a benchmark record of schema 2"),
         ({"surprise": 1}, "is not a benchmark record.*surprise"),
         ({"cases": [{"op": "stitch"}]}, "is not a benchmark record.*entries"),
     ],

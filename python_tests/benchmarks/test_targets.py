@@ -18,7 +18,14 @@ def record(*cases: CaseResult, device: str = "cuda") -> Record:
     return Record(1, "", "", None, None, device, 1, {}, {}, ceilings, list(cases))
 
 
-def case(op: str, phase: str, floor: float, sizes: dict[str, int], **micros: float | None):
+def case(
+    op: str,
+    phase: str,
+    floor: float,
+    sizes: dict[str, int],
+    copies: int = 4,
+    **micros: float | None,
+) -> CaseResult:
     entries = [
         EntryResult(
             name := label.replace("_", " "),
@@ -28,7 +35,7 @@ def case(op: str, phase: str, floor: float, sizes: dict[str, int], **micros: flo
         )
         for label, value in micros.items()
     ]
-    return CaseResult(op, "S→L", sizes, "bfloat16", phase, 3, floor, entries)
+    return CaseResult(op, "S→L", sizes, "bfloat16", phase, 3, copies, floor, entries)
 
 
 def test_the_fastest_kernel_counts_and_backward_is_the_difference() -> None:
@@ -43,6 +50,21 @@ def test_the_fastest_kernel_counts_and_backward_is_the_difference() -> None:
         f"not measured          {text}forward, times over torch.compile",
         f"MISSED  1.10 of 1.2   {text}forward, times over merged (cuda backend)",
         f"met     2.00 of 1.5   {text}backward, times over eager (cuda backend)",
+    ]
+
+
+def test_what_caches_answer_is_no_target() -> None:
+    sizes = {"M": 12608, "N": 384, "s": 0}
+    timed = {"eager": 50.0, "triton_backend": 10.0}
+    forward, both = (
+        [case("residual_layer_norm", phase, 9, sizes, copies, **timed) for copies in (0, 4)]
+        for phase in ("forward", "forward+backward")
+    )
+    whole = lines(record(forward[1], both[1]))
+    assert len(whole) > 2
+    assert lines(record(*forward, *both)) == whole
+    assert lines(record(forward[0], both[0])) == [
+        "no case of the record is one that a target is about"
     ]
 
 

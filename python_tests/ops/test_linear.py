@@ -133,6 +133,15 @@ def test_the_kernel_computes_what_is_large_enough(calls: list[str]) -> None:
 
 
 @about_the_cpu
+def test_a_forced_kernel_says_what_does_not_fit() -> None:
+    with backends.use_backend("cpu"):
+        with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 3\)"):
+            linear(torch.tensor(1.0), torch.randn(4, 3))
+        with pytest.raises(ValueError, match="weight must have shape"):
+            linear(torch.randn(2, 3), torch.tensor(1.0))
+
+
+@about_the_cpu
 def test_torch_computes_what_was_not_measured(calls: list[str]) -> None:
     large = operands(130, 1024, 1024)
     with torch.no_grad():
@@ -183,7 +192,7 @@ def test_what_is_proven_stands_in_the_record(op: str, device: str) -> None:
         faster = [
             entry.speedup[EAGER].median
             for case in record.cases
-            if (case.op, case.phase) == (op, phase) and case.sizes["M"] > 1
+            if (case.op, case.phase) == (op, phase) and case.copies > 0
             for entry in case.entries
             if entry.name == f"{backend} backend"
         ]

@@ -22,6 +22,15 @@ def test_one_drop_path_value_for_each_sample(backend: str) -> None:
     torch.testing.assert_close(total[2], h[2] + branch[2])
 
 
+@pytest.mark.parametrize("scale", [None, torch.ones(3)], ids=["", "DropPath"])
+def test_the_norm_may_be_changed_in_place(backend: str, scale: torch.Tensor | None) -> None:
+    h = torch.randn(3, 4, 8, requires_grad=True)
+    scale = None if scale is None else scale.to(h.device)
+    total, normed = residual_layer_norm(h, torch.randn(3, 4, 8), drop_path_scale=scale)
+    (2 * total.sum() + normed.mul_(3).sum()).backward()
+    torch.testing.assert_close(h.grad, torch.full_like(h, 2.0))
+
+
 def test_a_half_branch_joins_an_fp32_stream(backend: str) -> None:
     h, branch = torch.randn(3, 4, 8), torch.randn(3, 4, 8).half().requires_grad_()
     total, normed = residual_layer_norm(h, branch)

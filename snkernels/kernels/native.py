@@ -1,6 +1,8 @@
 """The thin face of the compiled module, which reads and checks the tensors that it is given.
 
-The functions have the signatures of the library ops that they implement and allocate the outputs.
+The functions allocate the outputs. Those of library ops have their signatures; ``linear``,
+``residual_layer_norm`` and what says whether arguments fit look at them first, and leave to the
+caller what is not plainly right.
 """
 
 import importlib
@@ -37,9 +39,7 @@ _cuda_view = CUDA_VERSION and _C.cuda_view  # type: ignore[assignment]
 def _grads_like(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """Room for the gradients that are needed, None for the others."""
     return [
-        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if need and tensor is not None
-        else None
+        tensor.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(tensors, needs, strict=True)
     ]
 
@@ -261,9 +261,16 @@ def width_of_stitches(x: Tensor, groups: list[Any]) -> int:
     return width
 
 
-def fits_residual_layer_norm(*arguments: Tensor | float | None) -> bool:
-    """Whether :func:`residual_layer_norm` computes these, which it does if all is plainly right."""
-    fits: bool = _C.fits_residual_layer_norm(*arguments)
+def fits_residual_layer_norm(
+    h: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> bool:
+    """Whether :func:`residual_layer_norm` computes these, as all is plainly right."""
+    fits: bool = _C.fits_residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps)
     return fits
 
 
@@ -275,12 +282,14 @@ def residual_layer_norm(
     norm_bias: Tensor | None,
     eps: float,
     statistics: bool = False,
-) -> tuple[Tensor, ...]:
-    """(h + γ · branch, LN of that), (..., N), and mean and 1/σ of each row if they are wanted."""
+) -> tuple[Tensor, ...] | None:
+    """(h + γ · branch, LN of that), (..., N), and mean and 1/σ of each row if they are wanted.
+
+    None if anything is not plainly right.
+    """
     done: tuple[Tensor, ...] | None = _C.residual_layer_norm(
         h, branch, layer_scale, norm_weight, norm_bias, eps, statistics, torch.get_num_threads()
     )
-    assert done is not None, "fits_residual_layer_norm was not asked"
     return done
 
 

@@ -16,10 +16,10 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[...,
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return found
             # A node that raises when a second derivative goes through it.
             refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
             return refuse(*(g if g is None else g.detach().requires_grad_() for g in found))

@@ -90,17 +90,17 @@ def _is_transforming() -> bool:
     )
 
 
-def in_one_call(op: str, x: Any) -> bool:
-    """Whether the compiled module may compute an op alone, if it likes all of its arguments.
+def unwatched(op: str, x: Any) -> bool:
+    """Whether an op may go to its kernel for CPUs past torch's dispatcher, if all else is plain.
 
-    It may where nobody watches or casts, on the CPU in fp32.
+    It may in fp32, where nobody watches calls, changes them or casts.
     """
     return (
         type(x) in _TENSORS
-        and x.is_cpu
-        and backends.choose(op, OFFERED[op], "cpu", torch.float32).backend == "cpu"
         and not (_is_transforming() or _profiler_enabled() or forward_ad._current_level >= 0)
+        and x.is_cpu
         and not torch.is_autocast_enabled("cpu")
+        and backends.choose(op, OFFERED[op], "cpu", torch.float32).backend == "cpu"
     )
 
 

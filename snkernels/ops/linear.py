@@ -18,8 +18,8 @@ from snkernels.ops.library import (
     OFFERED,
     autocast_dtype,
     device_type,
-    in_one_call,
     is_transformed,
+    unwatched,
 )
 from snkernels.ops.stitch import stitch
 
@@ -31,6 +31,7 @@ ENOUGH: Final = 1 << 26
 ROWS: Final = 128
 # More threads than that are too far from the two that it was measured with.
 THREADS: Final = 8
+_UNBOUNDED: Final = (0, 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: arguments that do not fit together.
     """
-    if not torch.is_grad_enabled() and in_one_call("linear", x) and (bounds := _bounds()):
+    if not torch.is_grad_enabled() and unwatched("linear", x) and (bounds := _bounds()):
         y = native.linear(x, weight, bias, *bounds)
         if y is not None:
             return y
@@ -63,7 +64,7 @@ def _bounds() -> tuple[int, int] | None:
     if torch.get_float32_matmul_precision() != "highest":
         return None
     if (forced := forced_backend()) is not None:
-        return (0, 0) if forced == "cpu" else None
+        return _UNBOUNDED if forced == "cpu" else None
     return (ENOUGH, ROWS) if torch.get_num_threads() <= THREADS else None
 
 
@@ -80,5 +81,7 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if (bounds := _bounds()) is None:
         return False
+    if bounds == _UNBOUNDED:
+        return True  # whatever the shapes are, for stitch to see
     enough, rows = bounds
     return x.numel() * len(weight) >= enough and x.numel() >= rows * x.shape[-1]

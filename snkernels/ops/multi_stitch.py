@@ -20,10 +20,10 @@ from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import check_input, check_number, check_stitch, check_tensor
 from snkernels.ops.library import (
     autocast,
-    in_one_call,
     needs_grad,
     register,
     triton_kernel,
+    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import empty_grads, spread
@@ -331,7 +331,8 @@ def _compute(
 ) -> Outputs:
     """By the library op, or where all is plainly right and nobody watches, without it."""
     arguments = tensors, scalings, out_features, normalize, eps
-    if plain and known_offsets is not None:
+    if plain:
+        assert known_offsets is not None, "on the CPU they are always known"
         return native.multi_stitch_forward(x, known_offsets, *arguments)
     outputs: Outputs = _forward_op(x, group_offsets, known_offsets, *arguments)
     return outputs
@@ -345,7 +346,7 @@ def _multi_stitch(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     groups = list(groups)
-    out_features = native.width_of_stitches(x, groups) if in_one_call("multi_stitch", x) else 0
+    out_features = native.width_of_stitches(x, groups) if unwatched("multi_stitch", x) else 0
     plain = out_features > 0 and x.dim() == 2
     if not plain:
         out_features = _check_groups(x, groups)

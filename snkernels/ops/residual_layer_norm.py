@@ -17,10 +17,10 @@ from snkernels.ops.checks import as_rows, check_input, check_number, check_tenso
 from snkernels.ops.library import (
     autocast_dtype,
     device_type,
-    in_one_call,
     needs_grad,
     register,
     triton_kernel,
+    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import empty_grads, spread
@@ -145,8 +145,14 @@ class _ResidualLayerNorm(torch.autograd.Function):
         eps: float,
         normed_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)
-        total, normed, mean, rstd = _compute(*arguments, eps, normed_dtype, statistics=True)
+        if normed_dtype is None:  # all is plain, and tokens have the shape that users gave them
+            plain = h, branch, layer_scale, norm_weight, norm_bias, eps
+            done = native.residual_layer_norm(*plain, statistics=True)
+            assert done is not None, "fits_residual_layer_norm must be asked first"
+        else:
+            norm = norm_weight, norm_bias, eps, normed_dtype
+            done = _forward_op(h, branch, layer_scale, drop_path_scale, *norm)
+        total, normed, mean, rstd = done
         ctx.save_for_backward(
             h, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
         )
@@ -206,20 +212,23 @@ def residual_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
-    arguments = (h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias)
-    normed_dtype = None
-    if not (
-        drop_path_scale is None
-        and in_one_call("residual_layer_norm", h)
-        and native.fits_residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps)
-    ):
-        _check(*arguments, eps)
-        eps = float(eps)
-        dtype = torch.promote_types(h.dtype, branch.dtype)
-        normed_dtype = autocast_dtype(device_type(h), dtype)
-    op = _apply if needs_grad(*arguments) else _compute
-    total, normed, *_ = op(*arguments, eps, normed_dtype)
-    return total, normed
+    vectors = (layer_scale, norm_weight, norm_bias)
+    if drop_path_scale is None and unwatched("residual_layer_norm", h):
+        if not torch.is_grad_enabled():
+            done = native.residual_layer_norm(h, branch, *vectors, eps)
+            if done is not None:
+                return done[0], done[1]
+        elif native.fits_residual_layer_norm(h, branch, *vectors, eps):
+            return _apply(h, branch, layer_scale, None, norm_weight, norm_bias, eps, None)
+    _check(h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps)
+    dtype = torch.promote_types(h.dtype, branch.dtype)
+    arguments = (
+        *(as_rows(h), as_rows(branch), layer_scale, drop_path_scale),
+        *(norm_weight, norm_bias),
+    )
+    op = _apply if needs_grad(*arguments) else _forward_op
+    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(device_type(h), dtype))
+    return from_rows(total, h), from_rows(normed, h)
 
 
 def _check(
@@ -245,25 +254,3 @@ def _check(
         raise ValueError("drop_path_scale must be None for h of one dimension: it scales samples")
     if drop_path_scale is not None and drop_path_scale.requires_grad:
         raise ValueError("drop_path_scale must not require grad: it is drawn, not learnt")
-
-
-def _compute(
-    h: Tensor,
-    branch: Tensor,
-    layer_scale: Tensor | None,
-    drop_path_scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    normed_dtype: torch.dtype | None,
-    statistics: bool = False,
-) -> tuple[Tensor, ...]:
-    """The sum, LN of it and, if wanted, its statistics; without a dtype by one call."""
-    if normed_dtype is None:
-        scales = layer_scale, norm_weight, norm_bias
-        return native.residual_layer_norm(h, branch, *scales, eps, statistics)
-    total, normed, *rest = _forward_op(
-        *(as_rows(h), as_rows(branch), layer_scale, drop_path_scale),
-        *(norm_weight, norm_bias, eps, normed_dtype),
-    )
-    return from_rows(total, h), from_rows(normed, h), *rest

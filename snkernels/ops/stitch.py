@@ -12,10 +12,10 @@ from snkernels.ops.autograd import applied, differentiable_once
 from snkernels.ops.checks import as_rows, check_input, check_stitch, from_rows
 from snkernels.ops.library import (
     autocast,
-    in_one_call,
     needs_grad,
     register,
     triton_kernel,
+    unwatched,
     without_autocast,
 )
 
@@ -144,7 +144,7 @@ def stitch(
         TypeError, ValueError: arguments that do not fit together.
     """
     parameters = (weight, bias, lora_A, lora_B, None, None, scaling)
-    plain = in_one_call("stitch", x) and native.width_of_stitches(x, [parameters]) > 0
+    plain = unwatched("stitch", x) and native.width_of_stitches(x, [parameters]) > 0
     if not plain:
         check_input(x)
         check_stitch(x, weight, bias, lora_A, lora_B, scaling)

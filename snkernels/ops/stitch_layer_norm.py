@@ -22,10 +22,10 @@ from snkernels.ops.checks import (
 )
 from snkernels.ops.library import (
     autocast,
-    in_one_call,
     needs_grad,
     register,
     triton_kernel,
+    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import backward_op as stitch_backward
@@ -199,7 +199,7 @@ def stitch_layer_norm(
         TypeError, ValueError: arguments that do not fit together.
     """
     stitch = (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling)
-    plain = in_one_call("stitch_layer_norm", x) and native.width_of_stitches(x, [stitch]) > 0
+    plain = unwatched("stitch_layer_norm", x) and native.width_of_stitches(x, [stitch]) > 0
     if not plain:
         check_input(x)
         check_stitch(x, weight, bias, lora_A, lora_B, scaling)

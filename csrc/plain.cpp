@@ -1,10 +1,10 @@
-// Whole ops by one call: arguments are looked at here and outputs made here. A call
-// comes after GEMMs that leave nothing of the interpreter in the caches, and what each line of Python
-// then waits for memory adds up to some percent of a block.
+// Arguments that are plainly right are looked at here, and ops that need nothing else are one call.
+// Calls come between GEMMs, which leave nothing of the interpreter in the caches: each line of Python
+// then waits for memory, and checks that take 5 µs in a loop take 50.
 //
-// What is not plainly right is neither refused nor computed: the answer is None, and the caller, who
-// has all the checks and knows all the cases, begins anew.
-#include "one_call.h"
+// What is not plainly right is neither refused nor computed: the answer says so, and the caller, who
+// has all the checks and knows all the cases, looks closer.
+#include "plain.h"
 
 #include <cmath>
 
@@ -18,19 +18,25 @@ namespace {
 
 using py::handle;
 
-// Whether a tensor is what it seems and not empty: fp32 in CPU memory, with no negation pending.
+// Whether a method of a tensor, asked for a property, says that it does not have it.
+bool says_no(handle tensor, PyObject* method) {
+  const auto answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!answer) throw py::error_already_set();
+  return answer.is(py::bool_(false));
+}
+
+// Whether a tensor is what it seems and not empty: fp32 in CPU memory, with no negation pending, and
+// no zeros that torch has not written anywhere.
 bool is_plain(handle tensor, dlpack::Tensor& t) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  static PyObject* const is_zeros = PyUnicode_InternFromString("_is_zerotensor");
   if (!describe(tensor, t) || (t.device != dlpack::cpu && t.device != dlpack::cpu_pinned) ||
       t.code != dlpack::floating || t.bits != 32 || t.lanes != 1 || t.dims < 1)
     return false;
   for (int d = 0; d < t.dims; ++d)
     if (t.shape[d] == 0) return false;
-  if (t.data == nullptr) return false;  // zeros that torch has not written anywhere
-  const auto negated = py::reinterpret_steal<py::object>(
-      PyObject_CallMethodNoArgs(tensor.ptr(), is_neg));
-  if (!negated) throw py::error_already_set();
-  return negated.is(py::bool_(false));
+  return says_no(tensor, is_neg) && says_no(tensor, is_zeros);
 }
 
 // Tokens (…, width) as a matrix; false where rows are not equally far apart.
@@ -140,7 +146,8 @@ py::object residual_layer_norm(handle h, handle branch, handle layer_scale, hand
     run_cpu(cpu::kernels().residual_layer_norm_forward, p);
     return py::make_tuple(sum, normed);
   }
-  py::object mean = new_empty(h, py::make_tuple(p.h.rows), p.mean), rstd = new_empty(h, py::make_tuple(p.h.rows), p.rstd);
+  const py::tuple rows = py::make_tuple(p.h.rows);
+  py::object mean = new_empty(h, rows, p.mean), rstd = new_empty(h, rows, p.rstd);
   run_cpu(cpu::kernels().residual_layer_norm_forward, p);
   return py::make_tuple(sum, normed, mean, rstd);
 }
@@ -164,10 +171,11 @@ bool is_plain_stitch(handle group, int64_t K, View& weight) {
 int64_t width_of_stitches(handle x, handle groups) {
   dlpack::Tensor t;
   if (!is_plain(x, t) || !PyList_Check(groups.ptr())) return 0;
+  const int64_t K = t.shape[t.dims - 1];
   int64_t width = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups.ptr()); ++i) {
     View weight;
-    if (!is_plain_stitch(PyList_GET_ITEM(groups.ptr(), i), t.shape[t.dims - 1], weight)) return 0;
+    if (!is_plain_stitch(PyList_GET_ITEM(groups.ptr(), i), K, weight)) return 0;
     if (i > 0 && weight.rows != width) return 0;
     width = weight.rows;
   }
@@ -176,7 +184,7 @@ int64_t width_of_stitches(handle x, handle groups) {
 
 }  // namespace
 
-void bind_one_call(py::module_& m) {
+void bind_plain(py::module_& m) {
   m.def("linear", &linear, "y = x Wᵀ + b if it has so many multiply-adds and rows, or None.");
   m.def("residual_layer_norm", &residual_layer_norm,
         "h + γ · branch, LN of that and, if wanted, its statistics; or None.");

@@ -1,0 +1,306 @@
+"""Arguments that are plainly right: no further checks, the same bits, and nothing unusual."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from device import DEVICE
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from snkernels.backends import use_backend
+from snkernels.kernels import native
+from snkernels.ops import (
+    StitchGroup,
+    linear,
+    multi_stitch_layer_norm,
+    residual_layer_norm,
+    stitch,
+    stitch_layer_norm,
+)
+from snkernels.ops.library import unwatched
+
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory"),
+    pytest.mark.skipif(
+        not hasattr(Tensor, "__dlpack_c_exchange_api__"),
+        reason="this torch has no table of functions for C code",
+    ),
+]
+
+WIDTH, OUT, RANK = 40, 24, 3
+STITCHES = ["stitch", "stitch_layer_norm", "multi_stitch"]
+OPS = ["linear", "residual_layer_norm", *STITCHES]
+MODULES = {op: importlib.import_module(f"snkernels.ops.{op}") for op in OPS}
+
+
+@pytest.fixture(autouse=True)
+def _cpu_backend() -> Iterator[None]:
+    assert native.IMPORT_ERROR is None, native.IMPORT_ERROR
+    with use_backend("cpu"):
+        yield
+
+
+def others(op: str, x: Tensor) -> list[Tensor | None]:
+    """The arguments after x."""
+    if op == "residual_layer_norm":
+        return [torch.randn(x.shape), torch.randn(WIDTH), torch.randn(WIDTH), torch.randn(WIDTH)]
+    linears = [torch.randn(OUT, WIDTH), torch.randn(OUT)]
+    low_rank = [] if op == "linear" else [torch.randn(RANK, WIDTH), torch.randn(OUT, RANK)]
+    norm = [] if op in ("linear", "stitch") else [torch.randn(OUT), torch.randn(OUT)]
+    return [*linears, *low_rank, *norm]
+
+
+def call(op: str, x: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    if op == "linear":
+        return (linear(x, *rest),)
+    if op == "residual_layer_norm":
+        branch, layer_scale, *norm = rest
+        return residual_layer_norm(x, branch, layer_scale, None, *norm)
+    if op == "stitch":
+        return (stitch(x, *rest, 0.5),)
+    if op == "stitch_layer_norm":
+        return stitch_layer_norm(x, *rest[:4], 0.5, *rest[4:])
+    group = StitchGroup(*rest, 0.5)
+    return multi_stitch_layer_norm(x, [0, len(x) // 3, len(x)], [group, group])
+
+
+def is_plain(op: str, x: Tensor, *rest: object, scaling: object = 0.5, eps: object = 1e-6) -> bool:
+    """What the compiled module says of the arguments."""
+    if op == "linear":
+        return native.linear(x, *rest, 0, 0) is not None
+    if op == "residual_layer_norm":
+        done = native.residual_layer_norm(x, *rest, eps)
+        fits = native.fits_residual_layer_norm(x, *rest, eps)
+        assert fits == (done is not None)
+        return fits
+    stitches = [(*rest, *[None] * (6 - len(rest)), scaling)]
+    if op == "multi_stitch":
+        stitches.insert(0, (torch.randn(OUT, WIDTH), None, None, None, None, None, 1.0))
+    return native.width_of_stitches(x, stitches) == OUT
+
+
+TOKENS: dict[str, Callable[[], Tensor]] = {
+    "rows": lambda: torch.randn(30, WIDTH),
+    "one": lambda: torch.randn(WIDTH),
+    "images": lambda: torch.randn(3, 10, WIDTH),
+    "class tokens": lambda: torch.randn(3, 10, WIDTH)[:, :1],
+    "some features": lambda: torch.randn(3, 10, 2 * WIDTH)[..., ::2],
+    "four dimensions": lambda: torch.randn(2, 1, 3, 5, WIDTH)[..., :1, :],
+    "one image for all": lambda: torch.randn(1, 10, WIDTH).expand(3, 10, WIDTH),
+}
+UNEQUALLY_FAR_APART = {
+    "transposed": lambda: torch.randn(5, 6, WIDTH).transpose(0, 1),
+    "patches alone": lambda: torch.randn(3, 10, WIDTH)[:, 1:],
+}
+CASES = [(op, t) for op in OPS for t in TOKENS if op != "multi_stitch" or t == "rows"]
+
+
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tensor, ...]]:
+    """``call`` with all the checks of Python."""
+
+    def never(op: str, x: Tensor) -> bool:
+        return False
+
+    def run(*arguments: object) -> tuple[Tensor, ...]:
+        with monkeypatch.context() as patch:
+            for module in MODULES.values():
+                patch.setattr(module, "unwatched", never)
+            return call(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize(("op", "tokens"), CASES)
+@pytest.mark.parametrize("isa", native._C.cpu_isas() if native._C else [])
+def test_bits_are_those_of_the_library_op_which_is_not_called(
+    op: str,
+    isa: str,
+    tokens: str,
+    looked_at: Callable[..., tuple[Tensor, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    x = TOKENS[tokens]()
+    rest = others(op, x)
+    before = native._C.cpu_isa()
+    native._C.cpu_use_isa(isa)
+    try:
+        for given in (rest, [rest[0], None, *rest[2:]]):
+            expected = looked_at(op, x, *given)
+            assert is_plain(op, x, *given) or tokens == "one image for all"
+            with monkeypatch.context() as patch:
+                for module in MODULES.values():
+                    if hasattr(module, "_forward_op") and tokens != "one image for all":
+                        patch.setattr(module, "_forward_op", None)
+                learned = call(op, x.clone().requires_grad_(), *given)
+                with torch.no_grad():
+                    inferred = call(op, x, *given)
+            for results in (inferred, learned):
+                for actual, same in zip(results, expected, strict=True):
+                    assert actual.is_contiguous()
+                    assert torch.equal(actual, same)
+    finally:
+        native._C.cpu_use_isa(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("tokens", UNEQUALLY_FAR_APART)
+def test_rows_that_are_not_equally_far_apart(op: str, tokens: str) -> None:
+    x = UNEQUALLY_FAR_APART[tokens]()
+    if op == "multi_stitch":
+        x = x[0].t().contiguous().t()
+    rest = others(op, x)
+    results = call(op, x.detach().requires_grad_(), *rest)
+    for actual, expected in zip(results, call(op, x.contiguous(), *rest), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("tokens", [*TOKENS, *UNEQUALLY_FAR_APART])
+def test_gradients_of_tokens_in_any_shape(tokens: str) -> None:
+    h = (TOKENS | UNEQUALLY_FAR_APART)[tokens]().requires_grad_()
+    branch, *vectors = (t.requires_grad_() for t in others("residual_layer_norm", h))
+    leaves = [h, branch, *vectors]
+    total, normed = call("residual_layer_norm", *leaves)
+    rows = (h.reshape(-1, WIDTH), branch.reshape(-1, WIDTH))
+    flat = call("residual_layer_norm", *rows, *vectors)
+    grad_total, grad_normed = torch.randn(h.shape), torch.randn(h.shape)
+    for grads in ((grad_total, grad_normed), (grad_total, None), (None, grad_normed)):
+        outputs = [
+            (y, of_rows, g)
+            for y, of_rows, g in zip((total, normed), flat, grads, strict=True)
+            if g is not None
+        ]
+        actual = torch.autograd.grad(
+            [y for y, _, _ in outputs],
+            leaves,
+            [g for _, _, g in outputs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        expected = torch.autograd.grad(
+            [y for _, y, _ in outputs],
+            leaves,
+            [g.reshape(-1, WIDTH) for _, _, g in outputs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for a, e in zip(actual, expected, strict=True):
+            assert (a is None) == (e is None)
+            assert a is None or torch.equal(a, e)
+
+
+class Subclass(Tensor):
+    """A tensor that may not be what it seems."""
+
+
+UNUSUAL: dict[str, Callable[[Tensor], object]] = {
+    "negation pending": torch._neg_view,
+    "unwritten zeros": lambda t: torch._efficientzerotensor(t.shape),
+    "some unwritten zeros": lambda t: torch._efficientzerotensor((2 * len(t), *t.shape[1:]))[
+        len(t) :
+    ],
+    "subclass": lambda t: t.as_subclass(Subclass),
+    "double": Tensor.double,
+    "half": Tensor.half,
+    "integers": Tensor.long,
+    "meta": lambda t: t.to("meta"),
+    "sparse": Tensor.to_sparse,
+    "more": lambda t: torch.cat([t, t], -1),
+    "fewer dimensions": lambda t: t.flatten() if t.dim() > 1 else t.sum(),
+    "no tensor": Tensor.tolist,
+    "nothing in it": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("unusual", UNUSUAL)
+def test_what_is_unusual_is_not_plain(op: str, unusual: str) -> None:
+    x = torch.randn(6, 5, WIDTH)
+    arguments = [x, *others(op, x)]
+    assert is_plain(op, *arguments)
+    for i, argument in enumerate(arguments):
+        changed = [*arguments[:i], UNUSUAL[unusual](argument), *arguments[i + 1 :]]
+        assert not is_plain(op, *changed), i
+
+
+@pytest.mark.parametrize("unusual", ["negation pending", "unwritten zeros", "some unwritten zeros"])
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_unusual_is_computed_all_the_same(op: str, unusual: str) -> None:
+    x = torch.randn(6, WIDTH)
+    rest = others(op, x)
+    strange = UNUSUAL[unusual](x)
+    for actual, expected in zip(
+        call(op, strange, *rest), call(op, strange.clone(), *rest), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("number", [1, float("nan"), float("inf"), None, "1e-6"])
+def test_unusual_numbers_are_not_plain(number: object) -> None:
+    x = torch.randn(3, WIDTH)
+    assert not is_plain("residual_layer_norm", x, *others("residual_layer_norm", x), eps=number)
+    assert not is_plain("residual_layer_norm", x, *others("residual_layer_norm", x), eps=-1e-6)
+    for op in STITCHES:
+        assert not is_plain(op, x, *others(op, x), scaling=number)
+
+
+@pytest.mark.parametrize("op", STITCHES)
+def test_half_a_low_rank_part_is_not_plain(op: str) -> None:
+    x = torch.randn(3, WIDTH)
+    weight, bias, A, B, *norm = others(op, x)
+    assert is_plain(op, x, weight, None, None, None, *norm)
+    assert not is_plain(op, x, weight, bias, A, None, *norm)
+    assert not is_plain(op, x, weight, bias, None, B, *norm)
+    assert not is_plain(op, x, None, bias, A, B, *norm)
+
+
+def test_little_work_is_left_to_others() -> None:
+    x, weight, bias = torch.randn(6, 5, WIDTH), torch.randn(OUT, WIDTH), torch.randn(OUT)
+    assert native.linear(x, weight, bias, 30 * WIDTH * OUT, 30) is not None
+    assert native.linear(x, weight, bias, 30 * WIDTH * OUT + 1, 30) is None
+    assert native.linear(x, weight, bias, 30 * WIDTH * OUT, 31) is None
+
+
+WATCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "a mode": lambda: FlopCounterMode(display=False),
+    "a profiler": torch.profiler.profile,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "forward mode": forward_ad.dual_level,
+    "another backend": lambda: use_backend("torch"),
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED)
+def test_somebody_watches(watched: str) -> None:
+    x = torch.randn(3, WIDTH)
+    for op in OPS:
+        for context in (nullcontext, WATCHED[watched]):
+            with context():
+                assert unwatched(op, x) == (context is nullcontext)
+    assert not unwatched("linear", x.as_subclass(Subclass))
+    assert not unwatched("linear", x.tolist())
+    assert not unwatched("linear", x.to("meta"))
+
+    def of_a_batch(x: Tensor) -> Tensor:
+        assert not unwatched("linear", x)
+        return x
+
+    torch.func.vmap(of_a_batch)(x)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "linear"])
+def test_compiled_code_does_not_ask_for_the_backend(
+    op: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.compiler.reset()
+    x = torch.randn(6, WIDTH)
+    compiled = torch.compile(lambda *arguments: call(op, *arguments), backend="eager")
+    rest = others(op, x)
+    for actual, expected in zip(compiled(x, *rest), call(op, x, *rest), strict=True):
+        assert torch.equal(actual, expected)
+    assert not [w for w in recwarn if "lru_cache" in str(w.message)]
