@@ -276,7 +276,7 @@ class _MultiStitch(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         group_offsets: Tensor | None,
-        known_offsets: list[int] | None,
+        known_offsets: Sequence[int] | None,
         scalings: Sequence[float],
         out_features: int,
         normalize: bool,
@@ -284,9 +284,9 @@ class _MultiStitch(torch.autograd.Function):
         plain: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, normed, mean, rstd = _compute(
-            *(x, group_offsets, known_offsets, tensors, scalings, out_features, normalize, eps),
-            plain,
+        offsets = group_offsets, known_offsets
+        y, normed, mean, rstd = _forward_op(
+            x, *offsets, tensors, scalings, out_features, normalize, eps, plain=plain
         )
         of_norm = (y, mean, rstd) if normalize else (None, None, None)
         ctx.save_for_backward(x, group_offsets, *of_norm, *tensors)
@@ -318,26 +318,6 @@ class _MultiStitch(torch.autograd.Function):
 _apply = applied(_MultiStitch)
 
 
-def _compute(
-    x: Tensor,
-    group_offsets: Tensor | None,
-    known_offsets: list[int] | None,
-    tensors: Optionals,
-    scalings: Sequence[float],
-    out_features: int,
-    normalize: bool,
-    eps: float,
-    plain: bool,
-) -> Outputs:
-    """By the library op, or where all is plainly right and nobody watches, without it."""
-    arguments = tensors, scalings, out_features, normalize, eps
-    if plain:
-        assert known_offsets is not None, "on the CPU they are always known"
-        return native.multi_stitch_forward(x, known_offsets, *arguments)
-    outputs: Outputs = _forward_op(x, group_offsets, known_offsets, *arguments)
-    return outputs
-
-
 def _multi_stitch(
     x: Tensor,
     group_offsets: Tensor | Sequence[int],
@@ -357,10 +337,10 @@ def _multi_stitch(
         tensors += _without_rank_zero(group)[:TENSORS]
     x = x if plain else autocast(x)
     scalings = [float(group.scaling) for group in groups]
-    how = out_features, normalize, float(eps), plain
+    how = out_features, normalize, float(eps)
     if needs_grad(x, *tensors):
-        return _apply(x, offsets, known, scalings, *how, *tensors)
-    return _compute(x, offsets, known, tensors, scalings, *how)[:2]
+        return _apply(x, offsets, known, scalings, *how, plain, *tensors)
+    return _forward_op(x, offsets, known, tensors, scalings, *how, plain=plain)[:2]
 
 
 def _check_groups(x: Tensor, groups: Sequence[StitchGroup]) -> int:

@@ -88,7 +88,7 @@ class _Stitch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
         ctx.scaling = scaling
-        return _compute(x, weight, bias, lora_A, lora_B, scaling, plain)
+        return _forward_op(x, weight, bias, lora_A, lora_B, scaling, plain=plain)
 
     @staticmethod
     @differentiable_once("stitch")
@@ -99,20 +99,6 @@ class _Stitch(torch.autograd.Function):
 
 
 _apply = applied(_Stitch)
-
-
-def _compute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    plain: bool,
-) -> Tensor:
-    """By the library op, or where all is plainly right and nobody watches, without it."""
-    op = native.stitch_forward if plain else _forward_op
-    return op(x, weight, bias, lora_A, lora_B, scaling)
 
 
 def stitch(
@@ -151,5 +137,8 @@ def stitch(
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
     operands = (as_rows(x if plain else autocast(x)), weight, bias, lora_A, lora_B)
-    op = _apply if needs_grad(*operands) else _compute
-    return from_rows(op(*operands, float(scaling), plain), x)
+    if needs_grad(*operands):
+        y = _apply(*operands, float(scaling), plain)
+    else:
+        y = _forward_op(*operands, float(scaling), plain=plain)
+    return from_rows(y, x)

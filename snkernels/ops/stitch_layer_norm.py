@@ -118,7 +118,9 @@ class _StitchLayerNorm(torch.autograd.Function):
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
         norm = norm_weight, norm_bias, eps
-        y, normed, mean, rstd = _compute(x, weight, bias, lora_A, lora_B, scaling, *norm, plain)
+        y, normed, mean, rstd = _forward_op(
+            x, weight, bias, lora_A, lora_B, scaling, *norm, plain=plain
+        )
         ctx.save_for_backward(
             x, weight, bias, lora_A, lora_B, y, mean, rstd, norm_weight, norm_bias
         )
@@ -143,23 +145,6 @@ class _StitchLayerNorm(torch.autograd.Function):
 
 
 _apply = applied(_StitchLayerNorm)
-
-
-def _compute(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    plain: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By the library op, or where all is plainly right and nobody watches, without it."""
-    op = native.stitch_layer_norm_forward if plain else _forward_op
-    return op(x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps)
 
 
 def stitch_layer_norm(
@@ -210,6 +195,9 @@ def stitch_layer_norm(
         lora_A = lora_B = None
     rows = as_rows(x if plain else autocast(x))
     operands, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
-    op = _apply if needs_grad(*operands, *norm) else _compute
-    y, normed, *_ = op(*operands, float(scaling), *norm, float(eps), plain)
+    arguments = (*operands, float(scaling), *norm, float(eps))
+    if needs_grad(*operands, *norm):
+        y, normed = _apply(*arguments, plain)
+    else:
+        y, normed, *_ = _forward_op(*arguments, plain=plain)
     return from_rows(y, x), from_rows(normed, x)
