@@ -129,15 +129,43 @@ inline void tile(bool add, int64_t terms, const float* a, int64_t lda, const flo
       c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + edge[i * NR + j];
 }
 
+// Brings a matrix that is needed next to the L2 cache, some lines at a time, while there is other work.
+class Ahead {
+ public:
+  Ahead() = default;
+  explicit Ahead(const View& matrix) {
+    if (!matrix || !in_place(matrix)) return;
+    next_ = static_cast<const float*>(matrix.data);
+    row_stride_ = matrix.row_stride, cols_ = matrix.cols, rows_ = matrix.rows;
+  }
+  int64_t lines() const { return rows_ * ceil_div(cols_, LINE); }
+  void fetch(int64_t lines) {
+    constexpr int TO_L2 = 2;
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(next_ + col_, 0, TO_L2);
+      col_ += LINE;
+      if (col_ < cols_) continue;
+      col_ = 0, next_ += row_stride_, --rows_;
+    }
+  }
+
+ private:
+  const float* next_ = nullptr;
+  int64_t row_stride_ = 0, cols_ = 0, rows_ = 0, col_ = 0;
+};
+
 // `cols` ≤ NR columns of c (rows × ldc) = or += slices of `rows` rows times a panel.
 inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slices,
-                        const float* panel, float* c, int64_t ldc, int64_t cols) {
+                        const float* panel, float* c, int64_t ldc, int64_t cols, Ahead ahead = {}) {
+  const int64_t some = ceil_div(ahead.lines(), ceil_div(rows, MR) * larger(ceil_div(terms, KC), 1));
   int64_t k = 0;
   do {  // once at least, as no terms at all make zeros
     const int64_t kc = smaller(KC, terms - k);
-    for (int64_t i = 0; i < rows; i += MR)
+    for (int64_t i = 0; i < rows; i += MR) {
+      ahead.fetch(some);
       tile(add || k > 0, kc, slices + i * terms + k * MR, MR, panel + k * NR, NR, c + i * ldc, ldc,
            rows - i, cols);
+    }
     k += kc;
   } while (k < terms);
 }

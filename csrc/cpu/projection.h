@@ -14,6 +14,11 @@ struct Projection {
 
   int64_t terms() const { return weight.cols; }
   int64_t panels() const { return ceil_div(weight.rows, NR); }
+  // The rows of the weight that a panel is made of; none of one behind the last.
+  View rows_of_panel(int64_t panel) const {
+    const int64_t first = smaller(panel * NR, weight.rows);
+    return rows_of(weight, first, smaller(NR, weight.rows - first));
+  }
   int64_t panel_size() const { return NR * weight.cols; }
   int64_t rank() const { return down.rows; }  // also where T = 0, so that there is no memory
   bool live() const { return rank() > 0 && !merged; }
@@ -89,7 +94,8 @@ inline void project(const Projection& p, const View& a, const float* packed, flo
       pack_panels(p, j / NR, j / NR + 1, panel, packing);
       b = panel;
     }
-    times_panel(false, rows, T, slices, b, c + j, ldc, cols);
+    times_panel(false, rows, T, slices, b, c + j, ldc, cols,
+                Ahead(packed == nullptr ? p.rows_of_panel(j / NR + 1) : View{}));
     if (!p.live()) continue;
     pack<NR>(p.up, j, cols, 0, r, up);
     times_panel(true, rows, r, s_slices, up, c + j, ldc, cols);

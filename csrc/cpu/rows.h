@@ -227,7 +227,7 @@ inline void write_block_sums(float* partial, int64_t rows, int64_t width, int64_
     }
     float rounded[AT_ONCE];
     for (int64_t i = 0; i < count; ++i) rounded[i] = total[i];
-    write_row(rows_of(out.transposed(), j, count).transposed(), 0, rounded);
+    write_row(columns_of(out, j, count), 0, rounded);
   }
 }
 

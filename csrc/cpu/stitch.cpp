@@ -56,8 +56,6 @@ class Tasks {
   int64_t size_ = 0, room_ = 0;
 };
 
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Into how many bands a group's rows are cut. One that is no more than a thread's fair share is a
 // single band, up to WHOLE rows, which packs the weight panel by panel for itself: of few rows the
 // detour of a whole packed weight through memory costs as much as the arithmetic. Others are cut
@@ -65,14 +63,20 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // the weight packed.
 constexpr int64_t HIGH = 8 * MR, WHOLE = 12 * MR;
 
-// Up to so many rows a group without a low-rank part and LayerNorm, which needs whole rows, is dealt
-// out by columns: each panel of the weight meets all rows as soon as it is packed.
-constexpr int64_t FEW = 24 * MR;
-
 int64_t bands_of(int64_t rows, int64_t rows_per_thread) {
   if (rows <= WHOLE && rows <= rows_per_thread) return smaller(rows, 1);
   const int64_t sharing = ceil_div(rows, rows_per_thread), slices = ceil_div(rows, MR);
   return smaller(slices, sharing * ceil_div(slices, sharing * (HIGH / MR)));
+}
+
+// Whether y = x Wᵀ is better dealt out by columns: the rows go through memory packed, and not the
+// weight, each panel of which meets all rows as soon as it is packed. It is for few rows, and also for
+// more if the weight is large, the rows are well fewer than its columns, and the caches keep them.
+// (Measured at widths 384, 768 and 1024.)
+bool better_by_columns(int64_t rows, const View& weight) {
+  constexpr int64_t FEW = 24 * MR, FEWER = 512, LARGE = 1 << 20;
+  return rows <= FEW || (rows + FEWER <= weight.rows && weight.rows * weight.cols >= LARGE &&
+                         !past_caches(rows * weight.cols));
 }
 
 // The projections of all groups, in the direction of a pass, and their tasks.
@@ -96,11 +100,11 @@ class Plan {
       const int64_t parts = bands_of(M, larger(rows_per_thread, 1));
       Entry& entry = entries_[g] = {project(groups[g]), -1};
       Projection& p = entry.projection;
-      if (by_columns && parts > 1 && M <= FEW && p.rank() == 0 && !groups[g].identity() &&
-          p.panels() >= parts) {
+      if (by_columns && parts > 1 && p.rank() == 0 && !groups[g].identity() &&
+          p.panels() >= threads && better_by_columns(M, p.weight)) {
         entry.packed = packed;
         packed += Parts::padded(slices_size(M, p.terms()));
-        room_ = larger(room_, p.panel_size());
+        room_ = larger(room_, p.panel_size() + round_up(M, MR) * NR);
         if (!slicings.add_parts(g, M, ceil_div(M, 4 * MR), MR)) return false;
         if (!strips.add_parts(g, p.panels(), p.panels(), 1)) return false;
         continue;
@@ -144,18 +148,21 @@ class Plan {
     pack_slices(rows_of(x, task.begin, task.end - task.begin),
                 packed_ + entry.packed + task.begin * entry.projection.terms());
   }
-  void project_strip(const Task& task, const View& y, const View& bias, float* room) const {
+  void project_strip(const Task& task, const View& y, bool large, const View& bias, int threads,
+                     float* room) const {
     const Entry& entry = entries_[task.group];
     const Projection& p = entry.projection;
-    for (int64_t panel = task.begin; panel < task.end; ++panel) {
-      const int64_t j = panel * NR, cols = smaller(NR, p.weight.rows - j);
-      float *c = static_cast<float*>(y.data) + j, own_bias[NR];
-      pack_panels(p, panel, panel + 1, room, nullptr);
-      times_panel(false, y.rows, p.terms(), packed_ + entry.packed, room, c, y.row_stride, cols);
-      if (!bias) continue;
-      read_row(rows_of(bias.transposed(), j, cols).transposed(), 0, own_bias);
-      for (int64_t i = 0; i < y.rows; ++i)
-        for (int64_t k = 0; k < cols; ++k) c[i * y.row_stride + k] += own_bias[k];
+    const int64_t j = task.begin * NR, cols = smaller(NR, p.weight.rows - j);
+    float *panel = room, *c = room + p.panel_size(), own_bias[NR] = {};
+    pack_panels(p, task.begin, task.end, panel, nullptr);
+    times_panel(false, round_up(y.rows, MR), p.terms(), packed_ + entry.packed, panel, c, NR, NR,
+                Ahead(p.rows_of_panel(task.begin + threads)));  // others take those between
+    if (bias) read_row(columns_of(bias, j, cols), 0, own_bias);
+    const View strip = columns_of(y, j, cols);
+    const Target out(strip, large);
+    for (int64_t i = 0; i < y.rows; ++i, c += NR) {
+      for (int64_t k = 0; k < NR; ++k) c[k] += own_bias[k];
+      out.write(i, c);
     }
   }
   // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
@@ -184,7 +191,7 @@ Status stitch_forward(const StitchForward& p) {
   static thread_local Plan plan_of_thread;
   Plan& plan = plan_of_thread;
   const bool made = plan.make(
-      p.groups, p.count, p.threads, true, !p.normed && in_place(p.y),
+      p.groups, p.count, p.threads, true, !p.normed,
       [](const StitchGroup& g) { return Projection{g.weight, g.lora_A, g.lora_B, g.scaling}; },
       [](const StitchGroup&) { return false; });
   if (!made) return Status::out_of_memory;
@@ -220,7 +227,7 @@ Status stitch_forward(const StitchForward& p) {
     for (int64_t i = 0; i < plan.strips.size(); ++i) {
       if (!parts) continue;
       const StitchGroup& group = p.groups[plan.strips[i].group];
-      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), group.bias, room);
+      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), large, group.bias, p.threads, room);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.bands.size(); ++i) {

@@ -63,6 +63,7 @@ template <int N, typename F>
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 inline float bits_to_float(uint32_t u) {
   float f;
@@ -144,6 +145,9 @@ inline View rows_of(const View& view, int64_t first, int64_t count) {
     rows.data = static_cast<T*>(view.data) + first * view.row_stride;
   });
   return rows;
+}
+inline View columns_of(const View& view, int64_t first, int64_t count) {
+  return rows_of(view.transposed(), first, count).transposed();
 }
 
 // out[j] = view[row, j] in fp32.

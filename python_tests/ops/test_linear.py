@@ -85,6 +85,16 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(backend: str, dtype: tor
         torch.set_num_threads(before)
 
 
+@about_the_cpu
+@pytest.mark.usefixtures("two_threads")
+def test_a_large_weight_by_columns_gives_the_bits_that_bands_give(backend: str) -> None:
+    """980 rows of it go by columns, past the caches; 1400 by bands."""
+    if backend == "torch":
+        pytest.skip("torch's own GEMM promises nothing of the kind")
+    x, weight, bias = (t.detach() for t in operands(1400, 700, 1536))
+    assert torch.equal(linear(x[:980], weight, bias), linear(x, weight, bias)[:980])
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Who computed each call, on a machine where the kernel is known to be faster."""
