@@ -16,7 +16,7 @@ import torch
 
 from snkernels.integers import integer, integers
 from snkernels.models.anchors import embed, finish, image_shape
-from snkernels.models.blocks import entry_norm, run_block
+from snkernels.models.blocks import entry_norm, parts_of, run_block
 from snkernels.models.executor import slices
 from snkernels.models.modes import inference
 from snkernels.models.setting import is_compiled, setting_of, shapes_of
@@ -201,7 +201,7 @@ class _Samples:
                         lap("finish", anchor, i)
                     else:
                         norm = entry_norm(blocks[i + 1]) if i < last else None
-                        run_block(blocks[i], stream, entry_norm(blocks[i]), norm)
+                        run_block(blocks[i], parts_of(blocks[i], h), stream, norm)
                         lap("block" if i < last else "exit", anchor, i)
                 outs.append(stream[0])
             if stitch is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from snkernels.models.blocks import Block, Stream, entry_norm, is_plain_norm, run_block
+from snkernels.models.blocks import Block, Parts, Stream, is_plain_norm, parts_of, run_block
 from snkernels.routing.cost import ViTShape
 
 # An nn.Module that `check_anchor` accepts; which parts that means no type of torch can say.
@@ -252,28 +252,39 @@ def _chain(
     following: nn.LayerNorm | None = None,
     class_token_only: bool = False,
 ) -> Stream:
-    """Run blocks one after another; the last two arguments are those of the last ``run_block``.
+    """Run blocks one after another.
 
     Where the anchor's ``set_grad_checkpointing`` says so, a block keeps for the backward pass what
     it was given, and is run again there.
+
+    Args:
+        vit: The anchor.
+        blocks: Those of its blocks that run.
+        stream: What goes through them.
+        following: The norm that comes after the last one, or None where none does.
+        class_token_only: Whether only the first token is read after the last one.
     """
-    norms = [*map(entry_norm, blocks), following]
     last = len(blocks) - 1
+    parts = [parts_of(b, stream[0], class_token_only and i == last) for i, b in enumerate(blocks)]
+    norms = [*(p and p.norm1 for p in parts), following][1:]
     again = getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled()
-    for i, block in enumerate(blocks):
-        others = norms[i], norms[i + 1], class_token_only and i == last
+    for block, part, norm in zip(blocks, parts, norms, strict=True):
         if again:
-            stream[:] = checkpoint(_rerun, block, *stream, *others, use_reentrant=False)
+            stream[:] = checkpoint(_rerun, block, part, *stream, norm, use_reentrant=False)
         else:
-            run_block(block, stream, *others)
+            run_block(block, part, stream, norm)
     return stream
 
 
 def _rerun(
-    block: Block, h: Tensor, normed: Tensor | None, *others: Any
+    block: Block,
+    parts: Parts | None,
+    h: Tensor,
+    normed: Tensor | None,
+    following: nn.LayerNorm | None,
 ) -> tuple[Tensor, Tensor | None]:
     stream: Stream = [h, normed]
-    run_block(block, stream, *others)
+    run_block(block, parts, stream, following)
     return stream[0], stream[1]
 
 

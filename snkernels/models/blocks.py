@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from snkernels.models.branches import (
     is_untouched,
 )
 from snkernels.ops import residual_layer_norm
-from snkernels.ops.library import OFFERED
+from snkernels.ops.library import OFFERED, device_type
 
 # A module that `anchors.check_anchor` accepts as a block; no type of torch says which parts.
 Block: TypeAlias = Any
@@ -69,41 +69,90 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
     return norm if fits else None
 
 
+class Parts(NamedTuple):
+    """What is run of a block, one after another, for the mode that it is in."""
+
+    norm1: nn.LayerNorm
+    attention: Callable[[Tensor], Tensor]
+    drop_path1: nn.Module | None
+    gamma1: Tensor | None
+    norm2: nn.LayerNorm
+    mlp: Callable[[Tensor], Tensor]
+    drop_path2: nn.Module | None
+    gamma2: Tensor | None
+    first_token_only: bool
+    fused: bool  # whether residual + LayerNorm has a kernel
+
+
+def parts_of(block: Block, x: Tensor, class_token_only: bool = False) -> Parts | None:
+    """Return the parts of a block for tokens like ``x``; None if it is called as a module.
+
+    Asked for all blocks before the first one runs: between two GEMMs the caches hold nothing of the
+    interpreter, and the same questions take many times as long.
+
+    Args:
+        block: The block.
+        x: Tokens that are on the device and of the dtype of those that come.
+        class_token_only: Whether only the first token is read afterwards.  What the others would
+            have become is then left out where the block allows it, and N becomes 1.
+    """
+    norm1 = entry_norm(block)
+    if norm1 is None:
+        return None
+    modules = block._modules
+    attention, mlp = modules["attn"], modules["mlp"]
+    first_token_only = class_token_only and is_plain_attention(attention)
+    if first_token_only:
+        # Called as what it was before it was compiled, which for one token it would be anew.
+        attention, mlp = partial(attend_from_class_token, attention), mlp._call_impl
+    elif _has_kernel("linear", x) and not torch.compiler.is_compiling():
+        attention, mlp = in_parts(attention), in_parts(mlp)
+    return Parts(
+        norm1,
+        attention,
+        _dropping(modules["drop_path1"]),
+        getattr(modules["ls1"], "gamma", None),
+        modules["norm2"],
+        mlp,
+        _dropping(modules["drop_path2"]),
+        getattr(modules["ls2"], "gamma", None),
+        first_token_only,
+        _has_kernel("residual_layer_norm", x),
+    )
+
+
 def run_block(
-    block: Block,
-    stream: Stream,
-    norm: nn.LayerNorm | None,
-    following: nn.LayerNorm | None,
-    class_token_only: bool = False,
+    block: Block, parts: Parts | None, stream: Stream, following: nn.LayerNorm | None
 ) -> None:
     """Run one block on tokens (B, N, width).
 
     Args:
         block: The block.
+        parts: ``parts_of(block, ...)``.
         stream: The residual stream before it; afterwards that after it, and ``following`` of that;
             None where that is None, or where the block has to be called as a module.
-        norm: ``entry_norm(block)``.
         following: The norm that comes after the block, or None where none does.
-        class_token_only: Whether only the first token is read afterwards.  What the others would
-            have become is then left out where the block allows it, and N becomes 1.
     """
     h, normed = stream
     stream.clear()
-    if norm is None:
+    if parts is None:
         stream += block(h), None
         return
     if normed is None:
-        normed = norm(h)
-    attention, mlp = block.attn, block.mlp
-    if class_token_only and is_plain_attention(attention):
-        # Called as what it was before it was compiled, which for one token it would be anew.
-        mlp = mlp._call_impl
-        attention, h = partial(attend_from_class_token, attention), h[:, :1]
-    elif _has_kernel("linear", h) and not torch.compiler.is_compiling():
-        attention, mlp = in_parts(attention), in_parts(mlp)
+        normed = parts.norm1(h)
+    if parts.first_token_only:
+        h = h[:, :1]
     # Branches have no name, which would keep them while the next one is computed.
-    h, normed = _add(h, *_branch(attention, normed, block.drop_path1), block.ls1, block.norm2)
-    stream += _add(h, *_branch(mlp, normed, block.drop_path2), block.ls2, following)
+    h, normed = _add(
+        h,
+        *_branch(parts.attention, normed, parts.drop_path1),
+        parts.gamma1,
+        parts.norm2,
+        parts.fused,
+    )
+    stream += _add(
+        h, *_branch(parts.mlp, normed, parts.drop_path2), parts.gamma2, following, parts.fused
+    )
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -116,8 +165,13 @@ def _is_identity_or_in(module: nn.Module, classes: frozenset[str]) -> bool:
     return known and is_untouched(module)
 
 
+def _dropping(drop_path: Any) -> nn.Module | None:
+    """Return stochastic depth if it drops anything in its mode."""
+    return drop_path if drop_path.training and getattr(drop_path, "drop_prob", 0.0) else None
+
+
 def _branch(
-    module: Callable[[Tensor], Tensor], normed: Tensor, drop_path: nn.Module
+    module: Callable[[Tensor], Tensor], normed: Tensor, drop_path: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Return the branch of every sample, and what stochastic depth multiplies it by.
 
@@ -125,10 +179,9 @@ def _branch(
     the branch, which matters where that draws too (dropout).  In CPU memory only samples that are
     kept go through the module; a GPU would have to wait for their number.
     """
-    rate = getattr(drop_path, "drop_prob", 0.0)
-    if rate == 0.0 or not drop_path.training:
+    if drop_path is None:
         return module(normed), None
-    keep = 1.0 - rate
+    keep = 1.0 - drop_path.drop_prob
     dtype = torch.promote_types(normed.dtype, torch.float32)
     scale = normed.new_empty(normed.shape[0], dtype=dtype).bernoulli_(keep)
     kept = scale.nonzero().squeeze(1) if scale.device.type == "cpu" else None
@@ -144,16 +197,16 @@ def _add(
     h: Tensor,
     branch: Tensor,
     scale: Tensor | None,
-    layer_scale: nn.Module,
+    gamma: Tensor | None,
     norm: nn.LayerNorm | None,
+    fused: bool,
 ) -> tuple[Tensor, Any]:
     """Add a branch to the residual stream and normalise the sum, where a norm follows.
 
     In one pass where there is a kernel for it; what stands for one elsewhere is no faster than
     torch's own LayerNorm.
     """
-    gamma = getattr(layer_scale, "gamma", None)
-    if norm is not None and _has_kernel("residual_layer_norm", h):
+    if norm is not None and fused:
         return residual_layer_norm(h, branch, gamma, scale, norm.weight, norm.bias, norm.eps)
     if scale is not None:
         branch = branch * scale.to(branch.dtype).view(-1, 1, 1)
@@ -162,4 +215,4 @@ def _add(
 
 
 def _has_kernel(op: str, x: Tensor) -> bool:
-    return choose(op, OFFERED[op], x.device.type, x.dtype).backend != "torch"
+    return choose(op, OFFERED[op], device_type(x), x.dtype).backend != "torch"

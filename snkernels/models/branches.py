@@ -31,13 +31,15 @@ _IDENTITIES = frozenset({"torch.nn.modules.linear.Identity"})
 _DROPOUTS = frozenset({"torch.nn.modules.dropout.Dropout"})
 
 
-def in_parts(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def in_parts(module: Any) -> Callable[[Tensor], Tensor]:
     """Return what maps tokens (B, N, width) as ``module`` does, part by part where that may be."""
     if module._compiled_call_impl is None:
+        parts: dict[str, Any] = module._modules
         if is_plain_attention(module):
-            return partial(_attend, module)
+            qkv, proj = map(_projection, (parts["qkv"], parts["proj"]))
+            return partial(_attend, qkv, module.num_heads, proj)
         if is_one_of(_MLPS, module) and _does_nothing_but(module, "fc1", "act", "fc2"):
-            return partial(_map, module)
+            return partial(_map, _projection(parts["fc1"]), parts["act"], _projection(parts["fc2"]))
     return module
 
 
@@ -55,17 +57,16 @@ def attend_from_class_token(attention: Any, x: Tensor) -> Tensor:
 
     The module's own qkv is not called if it is a linear layer: most of the queries are not needed.
     """
-    qkv = attention.qkv
+    qkv, proj, heads = attention.qkv, _projection(attention.proj), attention.num_heads
     if not _is_linear(qkv):
-        return _attend(attention, x)[:, :1]
+        return _attend(qkv, heads, proj, x)[:, :1]
     width = qkv.out_features // 3
     q_weight, kv_weight = qkv.weight.split((width, 2 * width))
     q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split((width, 2 * width))
-    heads = attention.num_heads
     q = linear(x[:, :1], q_weight, q_bias).unflatten(-1, (heads, -1)).transpose(1, 2)
     kv = linear(x, kv_weight, kv_bias).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, *kv.unbind(0))
-    return _project(attention.proj, attended.transpose(1, 2).flatten(2))
+    return proj(attended.transpose(1, 2).flatten(2))
 
 
 def is_one_of(classes: frozenset[str], module: nn.Module) -> bool:
@@ -110,19 +111,27 @@ def _does_nothing_but(module: nn.Module, *parts: str) -> bool:
     )
 
 
-def _attend(attention: Any, x: Tensor) -> Tensor:
-    qkv = _project(attention.qkv, x).unflatten(-1, (3, attention.num_heads, -1))
-    attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-    return _project(attention.proj, attended.transpose(1, 2).flatten(2))
+def _attend(
+    qkv: Callable[..., Tensor], heads: int, proj: Callable[..., Tensor], x: Tensor
+) -> Tensor:
+    apart = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return proj(F.scaled_dot_product_attention(*apart.unbind(0)).transpose(1, 2).flatten(2))
 
 
-def _map(mlp: Any, x: Tensor) -> Tensor:
-    return _project(mlp.fc2, mlp.act(_project(mlp.fc1, x)))
+def _map(
+    fc1: Callable[..., Tensor], act: nn.Module, fc2: Callable[..., Tensor], x: Tensor
+) -> Tensor:
+    return fc2(act(fc1(x)))
 
 
-def _project(module: Any, x: Tensor) -> Tensor:
-    out: Tensor = linear(x, module.weight, module.bias) if _is_linear(module) else module(x)
-    return out
+def _projection(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return what maps tokens as a module does, by ``ops.linear`` if it is a linear layer."""
+    return partial(_apply, module) if _is_linear(module) else module
+
+
+def _apply(layer: Any, x: Tensor) -> Tensor:
+    parameters = layer._parameters
+    return linear(x, parameters["weight"], parameters["bias"])
 
 
 def _is_linear(module: nn.Module) -> bool:
