@@ -260,9 +260,10 @@ def mixed_batch(pair: str, rounds: int) -> Comparison:
 def mixture(model: StitchedViT) -> tuple[list[int], int, float]:
     """16 drawn routes; the one nearest to their mean cost; and that mean over its own cost.
 
-    A route costs what its forward computes. By the paper's count, which knows no class-token tail,
-    a batch that ends all in the large anchor would save most of 16 large blocks unseen, and a
-    mixture, half of which ends in the small one, would be held to be as much cheaper.
+    A route costs what its forward computes: of the last block the class token alone. The paper's
+    count, which has all tokens there, makes the homogeneous batch cheaper than the mixture by 2.7 %
+    (S-L) and 4.2 % (S-B), as all of its images end in the large anchor and half of the mixture's in
+    the small one.
     """
     costs = {
         route.id: plan_flops(plan([(0, route)], model.space), model, class_token=True)

@@ -195,13 +195,15 @@ class _Samples:
             last = segment.stop - 1
             outs = []
             for stream in map(list[Any], slices(model.anchors[anchor], h, normed)):
-                for i in range(segment.start, segment.stop):
+                between = range(segment.start, segment.stop)
+                chain = {i: parts_of(blocks[i], h) for i in between}
+                for i in between:
                     if i == last and stitch is None:
                         finish(model.anchors[anchor], stream[0], i, stream[1])
                         lap("finish", anchor, i)
                     else:
-                        norm = entry_norm(blocks[i + 1]) if i < last else None
-                        run_block(blocks[i], parts_of(blocks[i], h), stream, norm)
+                        following = chain.get(i + 1)
+                        run_block(blocks[i], chain[i], stream, following and following.norm1)
                         lap("block" if i < last else "exit", anchor, i)
                 outs.append(stream[0])
             if stitch is not None:

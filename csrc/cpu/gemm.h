@@ -129,7 +129,7 @@ inline void tile(bool add, int64_t terms, const float* a, int64_t lda, const flo
       c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + edge[i * NR + j];
 }
 
-// Brings a matrix that is needed next to the L2 cache, some lines at a time, while there is other work.
+// Fetches the matrix that is needed next into the L2 cache, some lines at a time, during other work.
 class Ahead {
  public:
   Ahead() = default;
@@ -157,7 +157,8 @@ class Ahead {
 // `cols` ≤ NR columns of c (rows × ldc) = or += slices of `rows` rows times a panel.
 inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slices,
                         const float* panel, float* c, int64_t ldc, int64_t cols, Ahead ahead = {}) {
-  const int64_t some = ceil_div(ahead.lines(), ceil_div(rows, MR) * larger(ceil_div(terms, KC), 1));
+  const int64_t tiles = ceil_div(rows, MR) * ceil_div(terms, KC);
+  const int64_t some = ceil_div(ahead.lines(), larger(tiles, 1));
   int64_t k = 0;
   do {  // once at least, as no terms at all make zeros
     const int64_t kc = smaller(KC, terms - k);

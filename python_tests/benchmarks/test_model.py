@@ -97,6 +97,25 @@ def test_arithmetic_is_that_of_the_facts(monkeypatch: pytest.MonkeyPatch) -> Non
         assert actual == pytest.approx(whole, abs=0.02)
 
 
+@pytest.mark.parametrize("pair", ["SB", "SL"])
+def test_a_homogeneous_batch_is_scaled_to_what_the_mixture_computes(
+    pair: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    with torch.device("meta"):
+        made = model.make(pair, rank=1)
+    ids, middle, scale = model.mixture(made)
+    ends = [made.space.route(id).segments[-1].anchor for id in ids]
+    assert (len(set(ids)), sum(ends)) == (16, 8)
+
+    def cost(routes: list[int]) -> int:
+        rows = [(i, made.space.route(id)) for i, id in enumerate(routes)]
+        return model.plan_flops(model.plan(rows, made.space), made, class_token=True)
+
+    assert cost(ids) / cost([middle] * 16) == pytest.approx(scale)
+    assert 0.95 < scale < 1.05
+
+
 @pytest.fixture
 def record() -> ModelRecord:
     spread = Spread(2.0, 1.5, 2.5)

@@ -63,6 +63,22 @@ def test_a_forced_backend_without_the_fused_pass_does_not_stop_a_block(
         torch.testing.assert_close(run_blocks(vit, tokens, 0, 2), vit.blocks(tokens))
 
 
+def replica(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes for another GPU: a copy whose parameters are mere tensors."""
+    copy = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copy._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(copy, name, None if parameter is None else parameter.detach())
+    return copy
+
+
+def test_blocks_whose_weights_are_mere_tensors_run(make_vit: MakeViT) -> None:
+    vit, images = make_vit(), torch.randn(2, 3, 8, 8)
+    other = replica(vit)
+    torch.testing.assert_close(finish(other, embed(other, images), 0), vit(images))
+
+
 def gradients(vit: PlainViT, logits: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*vit.named_parameters(), strict=True)
     weights = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view_as(logits)

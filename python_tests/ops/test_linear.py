@@ -86,13 +86,19 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(backend: str, dtype: tor
 
 
 @about_the_cpu
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("N", [1536, 1552, 1543])  # whole panels; a tail, streamed; one that is not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("two_threads")
-def test_a_large_weight_by_columns_gives_the_bits_that_bands_give(backend: str) -> None:
+def test_a_large_weight_by_columns_gives_the_bits_that_bands_give(
+    backend: str, dtype: torch.dtype, N: int, has_bias: bool
+) -> None:
     """980 rows of it go by columns, past the caches; 1400 by bands."""
     if backend == "torch":
         pytest.skip("torch's own GEMM promises nothing of the kind")
-    x, weight, bias = (t.detach() for t in operands(1400, 700, 1536))
-    assert torch.equal(linear(x[:980], weight, bias), linear(x, weight, bias)[:980])
+    x, weight, bias = (t.detach() for t in operands(1400, 700, N, dtype))
+    given = bias if has_bias else None
+    assert torch.equal(linear(x[:980], weight, given), linear(x, weight, given)[:980])
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from snkernels.models.blocks import Block, Parts, Stream, is_plain_norm, parts_of, run_block
+from snkernels.models.blocks import Block, BlockParts, Stream, is_plain_norm, parts_of, run_block
 from snkernels.routing.cost import ViTShape
 
 # An nn.Module that `check_anchor` accepts; which parts that means no type of torch can say.
@@ -278,7 +278,7 @@ def _chain(
 
 def _rerun(
     block: Block,
-    parts: Parts | None,
+    parts: BlockParts | None,
     h: Tensor,
     normed: Tensor | None,
     following: nn.LayerNorm | None,

@@ -69,26 +69,26 @@ def entry_norm(block: Block) -> nn.LayerNorm | None:
     return norm if fits else None
 
 
-class Parts(NamedTuple):
-    """What is run of a block, one after another, for the mode that it is in."""
+class BlockParts(NamedTuple):
+    """What is run of a block, one after another; None stands for what does nothing in its mode."""
 
     norm1: nn.LayerNorm
     attention: Callable[[Tensor], Tensor]
     drop_path1: nn.Module | None
-    gamma1: Tensor | None
+    layer_scale1: nn.Module | None
     norm2: nn.LayerNorm
     mlp: Callable[[Tensor], Tensor]
     drop_path2: nn.Module | None
-    gamma2: Tensor | None
+    layer_scale2: nn.Module | None
     first_token_only: bool
-    fused: bool  # whether residual + LayerNorm has a kernel
 
 
-def parts_of(block: Block, x: Tensor, class_token_only: bool = False) -> Parts | None:
+def parts_of(block: Block, x: Tensor, class_token_only: bool = False) -> BlockParts | None:
     """Return the parts of a block for tokens like ``x``; None if it is called as a module.
 
-    Asked for all blocks before the first one runs: between two GEMMs the caches hold nothing of the
-    interpreter, and the same questions take many times as long.
+    Asked of all blocks before the first one runs: between two GEMMs the caches hold nothing of the
+    interpreter, and the same questions take many times as long. What a hook of one block changes in
+    those that follow is seen in the next forward.
 
     Args:
         block: The block.
@@ -107,22 +107,21 @@ def parts_of(block: Block, x: Tensor, class_token_only: bool = False) -> Parts |
         attention, mlp = partial(attend_from_class_token, attention), mlp._call_impl
     elif _has_kernel("linear", x) and not torch.compiler.is_compiling():
         attention, mlp = in_parts(attention), in_parts(mlp)
-    return Parts(
+    return BlockParts(
         norm1,
         attention,
         _dropping(modules["drop_path1"]),
-        getattr(modules["ls1"], "gamma", None),
+        _scaling(modules["ls1"]),
         modules["norm2"],
         mlp,
         _dropping(modules["drop_path2"]),
-        getattr(modules["ls2"], "gamma", None),
+        _scaling(modules["ls2"]),
         first_token_only,
-        _has_kernel("residual_layer_norm", x),
     )
 
 
 def run_block(
-    block: Block, parts: Parts | None, stream: Stream, following: nn.LayerNorm | None
+    block: Block, parts: BlockParts | None, stream: Stream, following: nn.LayerNorm | None
 ) -> None:
     """Run one block on tokens (B, N, width).
 
@@ -144,15 +143,9 @@ def run_block(
         h = h[:, :1]
     # Branches have no name, which would keep them while the next one is computed.
     h, normed = _add(
-        h,
-        *_branch(parts.attention, normed, parts.drop_path1),
-        parts.gamma1,
-        parts.norm2,
-        parts.fused,
+        h, *_branch(parts.attention, normed, parts.drop_path1), parts.layer_scale1, parts.norm2
     )
-    stream += _add(
-        h, *_branch(parts.mlp, normed, parts.drop_path2), parts.gamma2, following, parts.fused
-    )
+    stream += _add(h, *_branch(parts.mlp, normed, parts.drop_path2), parts.layer_scale2, following)
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
@@ -168,6 +161,11 @@ def _is_identity_or_in(module: nn.Module, classes: frozenset[str]) -> bool:
 def _dropping(drop_path: Any) -> nn.Module | None:
     """Return stochastic depth if it drops anything in its mode."""
     return drop_path if drop_path.training and getattr(drop_path, "drop_prob", 0.0) else None
+
+
+def _scaling(layer_scale: nn.Module) -> nn.Module | None:
+    """Return LayerScale, or None for an identity."""
+    return layer_scale if hasattr(layer_scale, "gamma") else None
 
 
 def _branch(
@@ -197,16 +195,16 @@ def _add(
     h: Tensor,
     branch: Tensor,
     scale: Tensor | None,
-    gamma: Tensor | None,
+    layer_scale: Any,
     norm: nn.LayerNorm | None,
-    fused: bool,
 ) -> tuple[Tensor, Any]:
     """Add a branch to the residual stream and normalise the sum, where a norm follows.
 
     In one pass where there is a kernel for it; what stands for one elsewhere is no faster than
     torch's own LayerNorm.
     """
-    if norm is not None and fused:
+    gamma = None if layer_scale is None else layer_scale.gamma
+    if norm is not None and _has_kernel("residual_layer_norm", h):
         return residual_layer_norm(h, branch, gamma, scale, norm.weight, norm.bias, norm.eps)
     if scale is not None:
         branch = branch * scale.to(branch.dtype).view(-1, 1, 1)

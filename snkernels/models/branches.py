@@ -130,8 +130,7 @@ def _projection(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _apply(layer: Any, x: Tensor) -> Tensor:
-    parameters = layer._parameters
-    return linear(x, parameters["weight"], parameters["bias"])
+    return linear(x, layer.weight, layer.bias)
 
 
 def _is_linear(module: nn.Module) -> bool:
