@@ -134,7 +134,7 @@ class Ahead {
  public:
   Ahead() = default;
   explicit Ahead(const View& matrix) {
-    if (!matrix || !in_place(matrix)) return;
+    if (!in_place(matrix)) return;
     next_ = static_cast<const float*>(matrix.data);
     row_stride_ = matrix.row_stride, cols_ = matrix.cols, rows_ = matrix.rows;
   }

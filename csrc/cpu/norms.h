@@ -40,12 +40,12 @@ struct NormedOutput {
   float *const mean, *const rstd;
   const float eps;
 
-  // Writes a row whose values are value(V(), j); `room` is for it while it is worked on, and ahead(j)
+  // Writes a row whose values are value(V(), j); `room` is for it while it is worked on, and fetch(j)
   // is called while there is time to fetch what rows to come are made of. LN is of the y that is
   // returned, or the backward, which starts from it, would not fit.
-  template <typename Value, typename Ahead>
+  template <typename Value, typename Fetch>
   void write(int64_t row, int64_t n, const float* weight, const float* bias, float* room,
-             Value value, Ahead ahead) const {
+             Value value, Fetch fetch) const {
     const Place to_y = y.place(row, room);
     Sum total;
     for_values(n, [&](auto v, int64_t j, auto chain) {
@@ -64,7 +64,7 @@ struct NormedOutput {
     const Place to_normed = normed.place(row, room);
     for_values(n, [&](auto v, int64_t j, auto) {
       using V = decltype(v);
-      ahead(j);
+      fetch(j);
       const V normalized = (get<V>(values + j) - statistics.mean) * statistics.rstd;
       to_normed.last(j, V(normalized * get<V>(weight + j) + get<V>(bias + j)));
     });
