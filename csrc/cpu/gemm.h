@@ -91,13 +91,40 @@ inline void pack_slices(const View& view, float* out) {
 }
 inline int64_t slices_size(int64_t rows, int64_t terms) { return round_up(rows, MR) * terms; }
 
-// c (MR × NR) = or += aᵀ b, where a has MR and b has NR values per term.
-template <bool ADD>
+// What becomes of the MR × NR values of a tile: they are stored to be looked at again, or leave as part
+// of an output, a bias added.
+struct Kept {
+  float* c;
+  int64_t ldc;
+  void operator()(int64_t i, vec low, vec high) const {
+    store(c + i * ldc, low);
+    store(c + i * ldc + VL, high);
+  }
+};
+struct Leaving {
+  float* out;
+  int64_t stride;
+  const float* bias;
+  bool streams;
+  void operator()(int64_t i, vec low, vec high) const {
+    float* row = out + i * stride;
+    low += load(bias), high += load(bias + VL);
+    if (streams)
+      stream(row, low), stream(row + VL, high);
+    else
+      store(row, low), store(row + VL, high);
+  }
+};
+
+// end(i, …) for the rows i of aᵀ b, or of c + aᵀ b, where a has MR and b has NR values per term; those
+// of a that lie AHEAD terms further on are fetched.
+template <bool ADD, int AHEAD = 0, typename End>
 [[gnu::noinline]] inline void full_tile(int64_t terms, const float* __restrict a, int64_t lda,
-                                        const float* __restrict b, int64_t ldb,
-                                        float* __restrict c, int64_t ldc) {
+                                        const float* __restrict b, int64_t ldb, const float* c,
+                                        int64_t ldc, End end) {
   vec acc[MR][2] = {};
   for (int64_t k = 0; k < terms; ++k, a += lda, b += ldb) {
+    if constexpr (AHEAD > 0) __builtin_prefetch(a + AHEAD * lda + MR - 1, 0, TO_L2);
     const vec b0 = load(b), b1 = load(b + VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -106,66 +133,103 @@ template <bool ADD>
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i, c += ldc) {
-    store(c, ADD ? load(c) + acc[i][0] : acc[i][0]);
-    store(c + VL, ADD ? load(c + VL) + acc[i][1] : acc[i][1]);
-  }
+  for (int i = 0; i < MR; ++i, c += ldc)
+    end(i, ADD ? load(c) + acc[i][0] : acc[i][0], ADD ? load(c + VL) + acc[i][1] : acc[i][1]);
 }
 
-// The same for the rows × cols of c that there are.
+// c = or += aᵀ b for the rows × cols of c that there are.
 inline void tile(bool add, int64_t terms, const float* a, int64_t lda, const float* b, int64_t ldb,
                  float* c, int64_t ldc, int64_t rows, int64_t cols) {
   if (rows >= MR && cols >= NR) {
     if (add)
-      full_tile<true>(terms, a, lda, b, ldb, c, ldc);
+      full_tile<true>(terms, a, lda, b, ldb, c, ldc, Kept{c, ldc});
     else
-      full_tile<false>(terms, a, lda, b, ldb, c, ldc);
+      full_tile<false>(terms, a, lda, b, ldb, c, ldc, Kept{c, ldc});
     return;
   }
   float edge[MR * NR];
-  full_tile<false>(terms, a, lda, b, ldb, edge, NR);
+  full_tile<false>(terms, a, lda, b, ldb, edge, NR, Kept{edge, NR});
   for (int64_t i = 0; i < smaller(rows, MR); ++i)
     for (int64_t j = 0; j < smaller(cols, NR); ++j)
       c[i * ldc + j] = (add ? c[i * ldc + j] : 0.0f) + edge[i * NR + j];
 }
 
-// Fetches the matrix that is needed next into the L2 cache, some lines at a time, during other work.
+// `cols` ≤ NR columns of a product: the memory where they are summed up, and the columns of an output
+// to which they go in the end with a bias of NR values; without an output they stay.
+struct Strip {
+  float* c;
+  int64_t ldc, cols;
+  Target out = Target(View(), false);
+  float bias[NR] = {};
+
+  // Ends rows [first, first + MR), or as many as there are, with the last terms of their sums.
+  void end(bool add, int64_t terms, const float* a, const float* b, int64_t first,
+           int64_t rows) const {
+    float* sums = c + first * ldc;
+    if (out.direct() && rows >= MR && cols == NR) {
+      const Leaving leaving{out.at(first), out.row_stride(), bias, out.streams()};
+      if (add)
+        full_tile<true>(terms, a, MR, b, NR, sums, ldc, leaving);
+      else
+        full_tile<false>(terms, a, MR, b, NR, sums, ldc, leaving);
+      return;
+    }
+    tile(add, terms, a, MR, b, NR, sums, ldc, rows, cols);
+    for (int64_t i = 0; out && i < smaller(rows, MR); ++i) {
+      for (int64_t j = 0; j < cols; ++j) sums[i * ldc + j] += bias[j];
+      out.write(first + i, sums + i * ldc);
+    }
+  }
+};
+
+// Fetches the matrix that is needed next into the L2 cache during other work: its lines are spread
+// over so many calls.
 class Ahead {
  public:
   Ahead() = default;
-  explicit Ahead(const View& matrix) {
+  Ahead(const View& any, int64_t calls) {
+    const View matrix = any.row_stride == 1 ? any.transposed() : any;
     if (!in_place(matrix)) return;
     next_ = static_cast<const float*>(matrix.data);
     row_stride_ = matrix.row_stride, cols_ = matrix.cols, rows_ = matrix.rows;
+    some_ = ceil_div(rows_ * ceil_div(cols_, LINE), larger(calls, 1));
   }
-  int64_t lines() const { return rows_ * ceil_div(cols_, LINE); }
-  void fetch(int64_t lines) {
-    constexpr int TO_L2 = 2;
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(next_ + col_, 0, TO_L2);
-      col_ += LINE;
-      if (col_ < cols_) continue;
-      col_ = 0, next_ += row_stride_, --rows_;
+  void fetch() {
+    Ahead now = *this;  // in registers: through memory each line would wait for the one before
+    for (int64_t i = 0; i < some_ && now.rows_ > 0; ++i) {
+      __builtin_prefetch(now.next_ + now.col_, 0, TO_L2);
+      now.col_ += LINE;
+      if (now.col_ < cols_) continue;
+      now.col_ = 0, now.next_ += row_stride_, --now.rows_;
     }
+    *this = now;
   }
 
  private:
   const float* next_ = nullptr;
-  int64_t row_stride_ = 0, cols_ = 0, rows_ = 0, col_ = 0;
+  int64_t row_stride_ = 0, cols_ = 0, rows_ = 0, col_ = 0, some_ = 0;
 };
 
-// `cols` ≤ NR columns of c (rows × ldc) = or += slices of `rows` rows times a panel.
-inline void times_panel(bool add, int64_t rows, int64_t terms, const float* slices,
-                        const float* panel, float* c, int64_t ldc, int64_t cols, Ahead ahead = {}) {
-  const int64_t tiles = ceil_div(rows, MR) * ceil_div(terms, KC);
-  const int64_t some = ceil_div(ahead.lines(), larger(tiles, 1));
+// Tiles of a product of so many rows and terms, a panel wide.
+inline int64_t tiles_of(int64_t rows, int64_t terms) {
+  return ceil_div(rows, MR) * ceil_div(terms, KC);
+}
+
+// A strip = or += slices of `rows` rows times a panel; `last`: nothing more is added to it.
+inline void times_panel(bool add, bool last, int64_t rows, int64_t terms, const float* slices,
+                        const float* panel, const Strip& strip, Ahead& ahead) {
   int64_t k = 0;
   do {  // once at least, as no terms at all make zeros
     const int64_t kc = smaller(KC, terms - k);
+    const bool ends = last && k + kc == terms;
     for (int64_t i = 0; i < rows; i += MR) {
-      ahead.fetch(some);
-      tile(add || k > 0, kc, slices + i * terms + k * MR, MR, panel + k * NR, NR, c + i * ldc, ldc,
-           rows - i, cols);
+      ahead.fetch();
+      const float *a = slices + i * terms + k * MR, *b = panel + k * NR;
+      if (ends)
+        strip.end(add || k > 0, kc, a, b, i, rows - i);
+      else
+        tile(add || k > 0, kc, a, MR, b, NR, strip.c + i * strip.ldc, strip.ldc, rows - i,
+             strip.cols);
     }
     k += kc;
   } while (k < terms);
@@ -179,7 +243,8 @@ inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t fi
     // these are worked on; past the last row nothing happens.
     const float* in = static_cast<const float*>(u.data) + row * u.row_stride + first;
     for (int64_t k = 0; k < terms; ++k, in += u.row_stride) {
-      for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(in + KC * u.row_stride + i, 0, 2);
+      for (int64_t i = 0; i < count; i += LINE)
+        __builtin_prefetch(in + KC * u.row_stride + i, 0, TO_L2);
       for (int64_t i = 0; i < count; i += MR)
         std::memcpy(slices + i * KC + k * MR, in + i, MR * sizeof(float));
     }
@@ -190,9 +255,11 @@ inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t fi
 }
 
 // Rows [first, first + count) of out = uᵀ v: a sum over the rows of u and v. `room` holds
-// transposed_product_size(v.cols) floats. The columns of u are gathered first: rows are often a power
-// of two apart, and fall into one set of the L1 cache. Those of v are read where they lie, if they
-// lie in rows of floats.
+// transposed_product_size(v.cols) floats. The columns of u that many columns of v meet are gathered
+// first: rows are often a power of two apart, and fall into one set of the L1 cache. For few they are
+// read where they lie, fetched ahead. The columns of v are read where they lie, if they lie in rows of
+// floats.
+constexpr int TERMS_AHEAD = 48;
 constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that lines of u are used whole
 inline int64_t transposed_product_size(int64_t cols) {
   return STRIP * round_up(cols, NR) + (STRIP + NR) * KC;
@@ -201,10 +268,11 @@ inline void transposed_product(const View& u, const View& v, int64_t first, int6
                                const View& out, float* room) {
   const int64_t ldc = round_up(v.cols, NR);
   float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC;
+  const bool gathers = !in_place(u) || count % MR != 0 || v.cols > 4 * NR;
   int64_t m = 0;
   do {  // once at least, as no rows at all make zeros
     const int64_t terms = smaller(KC, u.rows - m);
-    gather_columns(u, m, terms, first, count, slices);
+    if (gathers) gather_columns(u, m, terms, first, count, slices);
     for (int64_t j = 0; j < v.cols; j += NR) {
       const float* b = static_cast<const float*>(v.data) + m * v.row_stride + j;
       int64_t ldb = v.row_stride;
@@ -213,8 +281,18 @@ inline void transposed_product(const View& u, const View& v, int64_t first, int6
         b = panel;
         ldb = NR;
       }
-      for (int64_t i = 0; i < count; i += MR)
-        tile(m > 0, terms, slices + i * KC, MR, b, ldb, c + i * ldc + j, ldc, MR, NR);
+      for (int64_t i = 0; i < count; i += MR) {
+        float* to = c + i * ldc + j;
+        if (gathers) {
+          tile(m > 0, terms, slices + i * KC, MR, b, ldb, to, ldc, MR, NR);
+          continue;
+        }
+        const float* a = static_cast<const float*>(u.data) + m * u.row_stride + first + i;
+        if (m > 0)
+          full_tile<true, TERMS_AHEAD>(terms, a, u.row_stride, b, ldb, to, ldc, Kept{to, ldc});
+        else
+          full_tile<false, TERMS_AHEAD>(terms, a, u.row_stride, b, ldb, to, ldc, Kept{to, ldc});
+      }
     }
     m += terms;
   } while (m < u.rows);

@@ -10,7 +10,7 @@ namespace snk::cpu::SNK_ISA {
 // Brings to the L2 cache what lies four rows of n further on: a row to come where rows are n apart.
 // Past the last one, and of rows that lie elsewhere, it brings what nobody needs, and nothing breaks.
 inline void fetch_ahead(const float* value, int64_t n) {
-  constexpr int ROWS_AHEAD = 4, TO_L2 = 2;
+  constexpr int ROWS_AHEAD = 4;
   __builtin_prefetch(value + ROWS_AHEAD * n, 0, TO_L2);
 }
 

@@ -44,61 +44,106 @@ inline void pack_panels(const Projection& p, int64_t begin, int64_t end, float* 
     if (!p.merged) continue;
     pack<NR>(p.up, j, cols, 0, r, up);
     for (int64_t i = 0; i < r * NR; ++i) up[i] *= p.scaling;
-    for (int64_t t = 0; t < T; t += MR)
+    Ahead ahead(p.rows_of_panel(panel + 1), ceil_div(T, MR));
+    for (int64_t t = 0; t < T; t += MR) {
+      ahead.fetch();
       tile(true, r, down + t * r, MR, up, NR, out + t * NR, NR, T - t, NR);
+    }
   }
 }
 
 // Floats of room that the rows need beside what they write to.
-inline int64_t room_for_low_rank(int64_t rows, int64_t terms) {
-  return slices_size(rows, terms) + NR * terms;
-}
 inline int64_t room_for_projection(const Projection& p, int64_t rows) {
-  return room_for_low_rank(rows, p.terms()) + packing_size(p) + slices_size(rows, p.rank()) +
-         NR * p.rank();
+  return slices_size(rows, p.terms()) + p.panel_size() + packing_size(p) +
+         slices_size(rows, p.rank()) + NR * p.rank() + rows * NR;
 }
 
-// s (rows × low_rank_stride) = scaling · a downᵀ, of slices of a.
-inline void low_rank_rows(const View& down, float scaling, int64_t rows, const float* slices,
-                          float* s, float* panel) {
-  const int64_t stride = low_rank_stride(down.rows);
-  for (int64_t j = 0; j < down.rows; j += NR) {
-    pack<NR>(down, j, smaller(NR, down.rows - j), 0, down.cols, panel);
-    times_panel(false, rows, down.cols, slices, panel, s + j, stride, NR);
+// Where a product goes: to rows of an output, each of which gets the bias, or to rows that are kept,
+// `stride` apart.
+struct Result {
+  View out = {}, bias = {};
+  bool large = false;
+  float* kept = nullptr;
+  int64_t stride = 0;
+
+  // `cols` columns from j on; `room` is for NR values of each row.
+  Strip columns(int64_t j, int64_t cols, float* room) const {
+    if (kept != nullptr) return {kept + j, stride, cols};
+    Strip strip{room, NR, cols, Target(columns_of(out, j, cols), large)};
+    if (bias) read_row(columns_of(bias, j, cols), 0, strip.bias);
+    return strip;
   }
+};
+
+// Panels of A or of Bᵀ of the group whose bands a thread works on: many bands are of the same.
+class LowRankPanels {
+ public:
+  explicit LowRankPanels(float* room) : panels_(room) {}
+  // Apart from its callers, whose loops the compiler would otherwise make slower.
+  [[gnu::noinline]] const float* of(int64_t group, const View& down) {
+    for (int64_t j = 0; group != group_ && j < down.rows; j += NR)
+      pack<NR>(down, j, smaller(NR, down.rows - j), 0, down.cols, panels_ + j * down.cols);
+    group_ = group;
+    return panels_;
+  }
+
+ private:
+  float* panels_;
+  int64_t group_ = -1;
+};
+
+// s (rows × low_rank_stride) = scaling · a downᵀ, of slices of a and panels of down.
+inline void low_rank_rows(const View& down, float scaling, int64_t rows, const float* slices,
+                          const float* panels, float* s) {
+  const int64_t stride = low_rank_stride(down.rows);
+  Ahead nothing;
+  for (int64_t j = 0; j < down.rows; j += NR)
+    times_panel(false, true, rows, down.cols, slices, panels + j * down.cols,
+                Strip{s + j, stride, NR}, nothing);
   for (int64_t i = 0; i < rows * stride; ++i) s[i] *= scaling;
 }
 
+// The rows scaling · a downᵀ: where they go, and the panels of down.
+struct LowRank {
+  float* s;
+  const float* panels;
+};
+
 // `packed`: all panels of the weight, or null to pack them one by one on the way, which a band that
-// is all of its group does without a detour through memory. `s`, the rows of scaling · a downᵀ, is
-// where the live low-rank part is computed, or null if that is neither live nor wanted. `c` may be
-// null where only s is wanted.
-inline void project(const Projection& p, const View& a, const float* packed, float* s, float* c,
-                    int64_t ldc, float* room) {
+// is all of its group does without a detour through memory; then the rows of the next panel are
+// fetched meanwhile, otherwise those of `next`. `low_rank`: where that part is live or wanted. Without
+// a result nothing else is computed.
+inline void project(const Projection& p, const View& a, const float* packed,
+                    const LowRank* low_rank, const Result* result, const View& next, float* room) {
   const int64_t rows = a.rows, T = p.terms(), r = p.rank(), N = p.weight.rows;
   float* slices = room;
   float* panel = slices + slices_size(rows, T);
   float* packing = panel + NR * T;
   float* s_slices = packing + packing_size(p);
   float* up = s_slices + slices_size(rows, r);
+  float* sums = up + NR * r;
   pack_slices(a, slices);
-  if (s != nullptr) low_rank_rows(p.down, p.scaling, rows, slices, s, panel);
-  if (c == nullptr) return;
+  if (low_rank != nullptr)
+    low_rank_rows(p.down, p.scaling, rows, slices, low_rank->panels, low_rank->s);
+  if (result == nullptr) return;
   const int64_t stride = low_rank_stride(r);
   if (packed == nullptr) prepare_packing(p, packing);
-  if (p.live()) pack_slices({s, DType::f32, rows, r, stride, 1}, s_slices);
+  if (p.live()) pack_slices({low_rank->s, DType::f32, rows, r, stride, 1}, s_slices);
+  const int64_t tiles = tiles_of(rows, T);
+  Ahead ahead(next, p.panels() * tiles);
   for (int64_t j = 0; j < N; j += NR) {
     const int64_t cols = smaller(NR, N - j);
     const float* b = packed + j / NR * p.panel_size();
     if (packed == nullptr) {
       pack_panels(p, j / NR, j / NR + 1, panel, packing);
       b = panel;
+      ahead = Ahead(p.rows_of_panel(j / NR + 1), tiles);
     }
-    times_panel(false, rows, T, slices, b, c + j, ldc, cols,
-                Ahead(packed == nullptr ? p.rows_of_panel(j / NR + 1) : View{}));
+    const Strip strip = result->columns(j, cols, sums);
+    times_panel(false, !p.live(), rows, T, slices, b, strip, ahead);
     if (!p.live()) continue;
     pack<NR>(p.up, j, cols, 0, r, up);
-    times_panel(true, rows, r, s_slices, up, c + j, ldc, cols);
+    times_panel(true, true, rows, r, s_slices, up, strip, ahead);
   }
 }
 

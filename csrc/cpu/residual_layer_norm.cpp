@@ -28,45 +28,6 @@ inline int threads_for(int64_t rows, int64_t cols, int most) {
   return rows * cols < 1 << 14 ? 1 : most;
 }
 
-// [0, n) in a share for each thread, which is likely to have made those rows and to read them again,
-// and which helps with the others' shares when it is done with its own: of two cores one is often
-// slower.
-class Shares {
- public:
-  static int64_t room(int threads) { return threads * LINE; }
-  Shares(int64_t n, int64_t step, int threads, float* room)
-      : n_(n), step_(step), threads_(threads), next_(reinterpret_cast<int64_t*>(room)) {
-    for (int share = 0; share < threads; ++share) next_[share * APART] = border(share);
-  }
-  // some(first, last) for what is there to do, at most `step` at a time.
-  template <typename Some>
-  void work(int thread, Some some) const {
-    for (int i = 0; i < threads_; ++i) {
-      const int share = (thread + i) % threads_;
-      int64_t &next = next_[share * APART], first;
-      for (;;) {
-#pragma omp atomic capture
-        {
-          first = next;
-          next += step_;
-        }
-        if (first >= border(share + 1)) break;
-        some(first, smaller(first + step_, border(share + 1)));
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t APART = LINE * sizeof(float) / sizeof(int64_t);  // a cache line each
-  int64_t border(int share) const {
-    return smaller(share * ceil_div(n_, step_) / threads_ * step_, n_);
-  }
-
-  int64_t n_, step_;
-  int threads_;
-  int64_t* next_;
-};
-
 // The vectors of an op, in fp32, and a row of zeros.
 struct Vectors {
   const float *layer_scale, *norm_weight, *norm_bias, *zeros;

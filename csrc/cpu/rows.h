@@ -112,6 +112,11 @@ class Target {
     end(row, place);
     if (view_.dtype != DType::f32) read_row(view_, row, place.near);
   }
+  // Where values may be written as they are made; streamed if it says so.
+  bool direct() const { return in_place_; }
+  bool streams() const { return streams_; }
+  int64_t row_stride() const { return view_.row_stride; }
+  float* at(int64_t row) const { return static_cast<float*>(view_.data) + row * view_.row_stride; }
   // Writes a row that was made elsewhere.
   void write(int64_t row, const float* values) const {
     if (streams_)
@@ -127,9 +132,8 @@ class Target {
     return reinterpret_cast<uintptr_t>(view.data) % sizeof(vec) == 0 && view.cols % VL == 0 &&
            view.row_stride % VL == 0;
   }
-  float* at(int64_t row) const { return static_cast<float*>(view_.data) + row * view_.row_stride; }
 
-  const View& view_;
+  View view_;
   bool in_place_, streams_;
 };
 
@@ -177,6 +181,45 @@ class Sum {
 
   vec lanes_[CHAINS] = {};
   float rest_ = 0;
+};
+
+// [0, n) in a share for each thread, which is likely to have made those rows and to read them again,
+// and which helps with the others' shares when it is done with its own: of two cores one is often
+// slower.
+class Shares {
+ public:
+  static int64_t room(int threads) { return threads * LINE; }
+  Shares(int64_t n, int64_t step, int threads, float* room)
+      : n_(n), step_(step), threads_(threads), next_(reinterpret_cast<int64_t*>(room)) {
+    for (int share = 0; share < threads; ++share) next_[share * APART] = border(share);
+  }
+  // some(first, last) for what is there to do, at most `step` at a time.
+  template <typename Some>
+  void work(int thread, Some some) const {
+    for (int i = 0; i < threads_; ++i) {
+      const int share = (thread + i) % threads_;
+      int64_t &next = next_[share * APART], first;
+      for (;;) {
+#pragma omp atomic capture
+        {
+          first = next;
+          next += step_;
+        }
+        if (first >= border(share + 1)) break;
+        some(first, smaller(first + step_, border(share + 1)));
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t APART = LINE * sizeof(float) / sizeof(int64_t);  // a cache line each
+  int64_t border(int share) const {
+    return smaller(share * ceil_div(n_, step_) / threads_ * step_, n_);
+  }
+
+  int64_t n_, step_;
+  int threads_;
+  int64_t* next_;
 };
 
 // The sums over rows that become the gradients of vectors. Rows are cut into blocks whose number

@@ -28,13 +28,15 @@ class Tasks {
     data_[size_++] = task;
     return true;
   }
-  // [0, n) in about equal parts, whose borders are multiples of `step`.
-  bool add_parts(int64_t group, int64_t n, int64_t parts, int64_t step) {
-    const int64_t steps = ceil_div(n, step);
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = i * steps / parts * step;
-      const int64_t end = smaller((i + 1) * steps / parts * step, n);
+  // [0, n) in about equal parts, whose borders are multiples of `step`; the last `halved` parts are two
+  // each, so that a thread waits less for another at the end.
+  bool add_parts(int64_t group, int64_t n, int64_t parts, int64_t step, int64_t halved = 0) {
+    const int64_t steps = ceil_div(n, step), halves = 2 * parts;
+    for (int64_t i = 0, begin = 0; i < halves;) {
+      i += i < halves - 2 * halved ? 2 : 1;
+      const int64_t end = smaller(i * steps / halves * step, n);
       if (!add({group, begin, end})) return false;
+      begin = end;
     }
     return true;
   }
@@ -109,7 +111,7 @@ class Plan {
         if (!strips.add_parts(g, p.panels(), p.panels(), 1)) return false;
         continue;
       }
-      if (!bands.add_parts(g, M, parts, MR)) return false;
+      if (!bands.add_parts(g, M, parts, MR, parts < 2 * threads ? 0 : threads)) return false;
       const int64_t height = parts == 0 ? 0 : ceil_div(ceil_div(M, MR), parts) * MR;
       highest_ = larger(highest_, height);
       stride_ = larger(stride_, low_rank_stride(p.rank()));
@@ -149,22 +151,17 @@ class Plan {
                 packed_ + entry.packed + task.begin * entry.projection.terms());
   }
   // A strip is one panel wide.
-  void project_strip(const Task& task, const View& y, bool large, const View& bias, int threads,
-                     float* room) const {
+  void project_strip(const Task& task, const Result& result, int threads, float* room) const {
     const Entry& entry = entries_[task.group];
     const Projection& p = entry.projection;
     const int64_t j = task.begin * NR, cols = smaller(NR, p.weight.rows - j);
-    float *panel = room, *c = room + p.panel_size(), own_bias[NR] = {};
+    float *panel = room, *sums = room + p.panel_size();
     pack_panels(p, task.begin, task.begin + 1, panel, nullptr);
-    times_panel(false, round_up(y.rows, MR), p.terms(), packed_ + entry.packed, panel, c, NR, NR,
-                Ahead(p.rows_of_panel(task.begin + threads)));  // others take those between
-    if (bias) read_row(columns_of(bias, j, cols), 0, own_bias);
-    const View strip = columns_of(y, j, cols);
-    const Target out(strip, large);
-    for (int64_t i = 0; i < y.rows; ++i, c += NR) {
-      for (int64_t k = 0; k < NR; ++k) c[k] += own_bias[k];
-      out.write(i, c);
-    }
+    const int64_t rows = result.out.rows, T = p.terms();
+    // Others take the panels between.
+    Ahead ahead(p.rows_of_panel(task.begin + threads), tiles_of(rows, T));
+    times_panel(false, true, rows, T, packed_ + entry.packed, panel, result.columns(j, cols, sums),
+                ahead);
   }
   // Floats of room that `project` and `pack` need, rows of the highest band, and the widest stride
   // of a low-rank intermediate.
@@ -207,13 +204,16 @@ Status stitch_forward(const StitchForward& p) {
 #pragma omp parallel num_threads(plan.threads(p.threads))
   {
     static thread_local Scratch local;
-    const int64_t sizes[] = {plan.room(), highest * plan.stride(), highest * ldc, N, N, N};
+    const int64_t sizes[] = {plan.room(), highest * plan.stride(), plan.stride() * p.x.cols,
+                             highest * ldc, N, N, N};
     Parts parts(local, sizes);
     if (!parts) {
 #pragma omp atomic write
       failed = true;
     }
-    float *room = parts.take(), *s = parts.take(), *band_y = parts.take(), *bias = parts.take();
+    float *room = parts.take(), *s = parts.take();
+    LowRankPanels panels_of_A(parts.take());
+    float *band_y = parts.take(), *bias = parts.take();
     float *norm_weight = parts.take(), *norm_bias = parts.take();
     const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
       return rows_of(view, group.first, group.last - group.first);
@@ -228,7 +228,8 @@ Status stitch_forward(const StitchForward& p) {
     for (int64_t i = 0; i < plan.strips.size(); ++i) {
       if (!parts) continue;
       const StitchGroup& group = p.groups[plan.strips[i].group];
-      plan.project_strip(plan.strips[i], rows_of_group(p.y, group), large, group.bias, p.threads, room);
+      const Result result{rows_of_group(p.y, group), group.bias, large};
+      plan.project_strip(plan.strips[i], result, p.threads, room);
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.bands.size(); ++i) {
@@ -237,11 +238,18 @@ Status stitch_forward(const StitchForward& p) {
       const StitchGroup& group = p.groups[band.group];
       const int64_t first = group.first + band.begin, rows = band.end - band.begin;
       float* c = band_y;
-      if (!group.identity())
-        project(plan.projection(band.group), rows_of(p.x, first, rows), plan.packed(band.group),
-                plan.projection(band.group).live() ? s : nullptr, c, ldc, room);
-      else
+      if (group.identity()) {
         for (int64_t k = 0; k < rows; ++k) read_row(p.x, first + k, c + k * ldc);
+      } else {
+        const Projection& projection = plan.projection(band.group);
+        LowRank low_rank{s, nullptr};
+        if (projection.live()) low_rank.panels = panels_of_A.of(band.group, projection.down);
+        const Result kept{View(), View(), false, c, ldc};
+        const Result leaving{rows_of(p.y, first, rows), group.bias, large};
+        project(projection, rows_of(p.x, first, rows), plan.packed(band.group),
+                projection.live() ? &low_rank : nullptr, p.normed ? &kept : &leaving, View(), room);
+        if (!p.normed) continue;
+      }
       read_or(group.bias, 0.0f, N, bias);
       read_or(group.norm_weight, 1.0f, N, norm_weight);
       read_or(group.norm_bias, 0.0f, N, norm_bias);
@@ -276,7 +284,8 @@ struct Intermediates {
 // and the low-rank intermediates, band by band; the products over all rows.
 Status stitch_backward(const StitchBackward& p) {
   static thread_local Plan plan_of_thread;
-  static thread_local Scratch intermediates_memory, grad_memory, low_rank_memory, sums_memory;
+  static thread_local Scratch intermediates_memory, grad_memory, low_rank_memory, sums_memory,
+      counters_memory;
   static thread_local Tasks blocks_of_thread, dA_of_thread, dB_of_thread, dW_of_thread;
   Plan& plan = plan_of_thread;
   Tasks &blocks = blocks_of_thread, &dA = dA_of_thread, &dB = dB_of_thread, &dW = dW_of_thread;
@@ -319,8 +328,11 @@ Status stitch_backward(const StitchBackward& p) {
   const View dy = norm ? View{grad_y, DType::f32, M, N, N, 1} : p.grad_y;
   const float* mean = static_cast<const float*>(p.mean.data);
   const float* rstd = static_cast<const float*>(p.rstd.data);
-  const int64_t ldc = K + 16;
-  const Target grad_x(p.grad_x, past_caches(M * (2 * K + (norm ? 4 : 1) * N)));
+  const bool large = past_caches(M * (2 * K + (norm ? 4 : 1) * N));
+  const Target grad_x(p.grad_x, large);
+  float* counters = counters_memory.take(Shares::room(p.threads));
+  if (counters == nullptr) return Status::out_of_memory;
+  const Shares shares(blocks.size(), 1, p.threads, counters);
   bool failed = false;
 
   const auto rows_of_group = [&](const View& view, const StitchGroup& group) {
@@ -335,25 +347,26 @@ Status stitch_backward(const StitchBackward& p) {
   {
     static thread_local Scratch local;
     const int64_t highest = plan.highest();
-    const int64_t room_size = larger(
-        larger(plan.room(), room_for_low_rank(highest, K)),
-        transposed_product_size(larger(plan.stride(), dW.size() > 0 ? K : 0)));
-    const int64_t sizes[] = {room_size, highest * plan.stride(), highest * ldc, 3 * N, N, N};
+    const int64_t room_size =
+        larger(larger(plan.room(), slices_size(highest, K)),
+               transposed_product_size(larger(plan.stride(), dW.size() > 0 ? K : 0)));
+    const int64_t sizes[] = {room_size, highest * plan.stride(), plan.stride() * N,
+                             plan.stride() * K, K, 3 * N, N, N};
     Parts parts(local, sizes);
     if (!parts) {
 #pragma omp atomic write
       failed = true;
     }
-    float *room = parts.take(), *band_s = parts.take(), *band_x = parts.take();
+    float *room = parts.take(), *band_s = parts.take();
+    LowRankPanels panels_of_B(parts.take()), panels_of_A(parts.take());
+    float *row_x = parts.take();
     float *room_rows = parts.take(), *zeros = parts.take(), *norm_weight = parts.take();
     if (parts) std::memset(zeros, 0, N * sizeof(float));
 
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < plan.packings.size(); ++i)
       if (parts) plan.pack(plan.packings[i], room);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < blocks.size(); ++i) {
-      if (!parts) continue;
+    const auto sum_block = [&](int64_t i, int64_t) {
       const StitchGroup& group = p.groups[blocks[i].group];
       read_or(group.norm_weight, 1.0f, N, norm_weight);
       const auto sum_rows = [&](int64_t begin, int64_t end, float* sum_bias) {
@@ -383,7 +396,10 @@ Status stitch_backward(const StitchBackward& p) {
       };
       sum_rows_of_block(blocks[i].begin, group.last - group.first, width,
                         sums + places[blocks[i].group].sums, sum_rows);
-    }
+    };
+#pragma omp for
+    for (int thread = 0; thread < p.threads; ++thread)
+      if (parts) shares.work(thread, sum_block);
 
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.bands.size(); ++i) {
@@ -393,23 +409,27 @@ Status stitch_backward(const StitchBackward& p) {
       const Intermediates& place = places[band.group];
       const int64_t first = group.first + band.begin, rows = band.end - band.begin;
       const View dy_rows = rows_of(dy, first, rows), x_rows = rows_of(p.x, first, rows);
-      float* c = p.grad_x ? band_x : nullptr;
       if (group.identity()) {
-        for (int64_t k = 0; c != nullptr && k < rows; ++k) read_row(dy_rows, k, c + k * ldc);
+        for (int64_t k = 0; p.grad_x && k < rows; ++k) {
+          read_row(dy_rows, k, row_x);
+          grad_x.write(first + k, row_x);
+        }
       } else {
         const Projection& projection = plan.projection(band.group);
-        float* s = c != nullptr && projection.live() ? band_s : nullptr;
+        const Result result{rows_of(p.grad_x, first, rows), View(), large};
         const int64_t begin = band.begin * low_rank_stride(projection.rank());
-        if (group.grad_lora_A) s = low_rank + place.dy_B + begin;
-        if (s != nullptr || c != nullptr)
-          project(projection, dy_rows, plan.packed(band.group), s, c, ldc, room);
+        const bool wanted = bool(group.grad_lora_A), low = wanted || (p.grad_x && projection.live());
+        LowRank dy_B{wanted ? low_rank + place.dy_B + begin : band_s, nullptr};
+        if (low) dy_B.panels = panels_of_B.of(band.group, projection.down);
+        if (low || p.grad_x)
+          project(projection, dy_rows, plan.packed(band.group), low ? &dy_B : nullptr,
+                  p.grad_x ? &result : nullptr, group.grad_lora_B ? x_rows : View(), room);
         if (group.grad_lora_B) {
           pack_slices(x_rows, room);
-          low_rank_rows(group.lora_A, group.scaling, rows, room, low_rank + place.x_A + begin,
-                        room + slices_size(rows, K));
+          low_rank_rows(group.lora_A, group.scaling, rows, room,
+                        panels_of_A.of(band.group, group.lora_A), low_rank + place.x_A + begin);
         }
       }
-      for (int64_t k = 0; c != nullptr && k < rows; ++k) grad_x.write(first + k, c + k * ldc);
     }
 
     // dB = scaling · dyᵀ (x Aᵀ), dA = scaling · (dy B)ᵀ x, dW = dyᵀ x

@@ -30,6 +30,7 @@ constexpr int VL = 4, MR = 4;
 constexpr int NR = 2 * VL;
 
 constexpr int64_t LINE = 16;  // floats of a cache line
+constexpr int TO_L2 = 2;      // how near a prefetch brings them
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float))));
 
