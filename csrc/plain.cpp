@@ -152,20 +152,23 @@ py::object residual_layer_norm(handle h, handle branch, handle layer_scale, hand
   return py::make_tuple(sum, normed, mean, rstd);
 }
 
-// Whether parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) fit
-// tokens of K features.
-bool is_plain_stitch(handle group, int64_t K, View& weight) {
-  if (!PyTuple_Check(group.ptr()) || PyTuple_GET_SIZE(group.ptr()) != 7) return false;
-  const auto at = [&](Py_ssize_t i) { return handle(PyTuple_GET_ITEM(group.ptr(), i)); };
-  View vector, A, B;
-  if (!look_at_matrix(at(0), weight) || weight.cols != K) return false;
+// Reads the parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) for
+// tokens of K features; false unless they fit.
+bool read_stitch(handle parameters, int64_t K, cpu::StitchGroup& group) {
+  if (!PyTuple_Check(parameters.ptr()) || PyTuple_GET_SIZE(parameters.ptr()) != 7) return false;
+  const auto at = [&](Py_ssize_t i) { return handle(PyTuple_GET_ITEM(parameters.ptr(), i)); };
+  if (!look_at_matrix(at(0), group.weight) || group.weight.cols != K) return false;
+  const int64_t N = group.weight.rows;
+  View &A = group.lora_A, &B = group.lora_B;
   if (at(2).is_none() != at(3).is_none()) return false;
   if (!at(2).is_none() && (!look_at_matrix(at(2), A) || A.cols != K || !look_at_matrix(at(3), B) ||
-                           B.rows != weight.rows || B.cols != A.rows))
+                           B.rows != N || B.cols != A.rows))
     return false;
-  for (const Py_ssize_t i : {1, 4, 5})
-    if (!look_at_vector(at(i), weight.rows, vector)) return false;
-  return PyFloat_CheckExact(at(6).ptr()) && std::isfinite(PyFloat_AS_DOUBLE(at(6).ptr()));
+  if (!look_at_vector(at(1), N, group.bias) || !look_at_vector(at(4), N, group.norm_weight) ||
+      !look_at_vector(at(5), N, group.norm_bias) || !PyFloat_CheckExact(at(6).ptr()))
+    return false;
+  group.scaling = float(PyFloat_AS_DOUBLE(at(6).ptr()));
+  return std::isfinite(PyFloat_AS_DOUBLE(at(6).ptr()));
 }
 
 int64_t width_of_stitches(handle x, handle groups) {
@@ -174,12 +177,84 @@ int64_t width_of_stitches(handle x, handle groups) {
   const int64_t K = t.shape[t.dims - 1];
   int64_t width = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups.ptr()); ++i) {
-    View weight;
-    if (!is_plain_stitch(PyList_GET_ITEM(groups.ptr(), i), K, weight)) return 0;
-    if (i > 0 && weight.rows != width) return 0;
-    width = weight.rows;
+    cpu::StitchGroup group{};
+    if (!read_stitch(PyList_GET_ITEM(groups.ptr(), i), K, group)) return 0;
+    if (i > 0 && group.weight.rows != width) return 0;
+    width = group.weight.rows;
   }
   return width;
+}
+
+py::object stitch(handle x, handle parameters, handle eps, bool statistics, int threads) {
+  dlpack::Tensor t;
+  cpu::StitchForward p{};
+  cpu::StitchGroup group{};
+  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group))
+    return py::none();
+  group.last = p.x.rows;
+  p.groups = &group;
+  p.count = 1;
+  p.threads = threads;
+  py::object y = new_tokens(x, t, group.weight.rows, p.y);
+  if (eps.is_none()) {
+    run_cpu(cpu::kernels().stitch_forward, p);
+    return y;
+  }
+  p.eps = eps.cast<float>();
+  py::object normed = new_tokens(x, t, group.weight.rows, p.normed);
+  if (!statistics) {
+    run_cpu(cpu::kernels().stitch_forward, p);
+    return py::make_tuple(y, normed);
+  }
+  const py::tuple rows = py::make_tuple(p.x.rows);
+  py::object mean = new_empty(x, rows, p.mean), rstd = new_empty(x, rows, p.rstd);
+  run_cpu(cpu::kernels().stitch_forward, p);
+  return py::make_tuple(y, normed, mean, rstd);
+}
+
+// Reads tokens of so many rows and features, or nothing of None.
+bool look_at_tokens(handle tensor, int64_t rows, int64_t features, View& tokens) {
+  dlpack::Tensor t;
+  if (tensor.is_none()) return true;
+  return is_plain(tensor, t) && rows_of_tokens(t, tokens) && tokens.rows == rows &&
+         tokens.cols == features;
+}
+
+py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle parameters, handle y,
+                            handle mean, handle rstd, handle needs, int threads) {
+  dlpack::Tensor t;
+  cpu::StitchBackward p{};
+  cpu::StitchGroup group{};
+  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group) ||
+      !PyList_Check(needs.ptr()) || PyList_GET_SIZE(needs.ptr()) != 7)
+    return py::none();
+  const int64_t M = p.x.rows, N = group.weight.rows;
+  if (!look_at_tokens(grad_y, M, N, p.grad_y) || !look_at_tokens(grad_normed, M, N, p.grad_normed) ||
+      !look_at_tokens(y, M, N, p.y) || !look_at_vector(mean, M, p.mean) ||
+      !look_at_vector(rstd, M, p.rstd) || (!p.grad_y && !p.grad_normed))
+    return py::none();
+  // The kernel reads the statistics as the forward wrote them.
+  const auto stands = [](const View& vector) { return vector && vector.col_stride == 1; };
+  if (p.grad_normed && !(p.y && stands(p.mean) && stands(p.rstd))) return py::none();
+  // In the order of the parameters, x before them.
+  View* const grads[] = {&p.grad_x,          &group.grad_weight,      &group.grad_bias,
+                         &group.grad_lora_A, &group.grad_lora_B,      &group.grad_norm_weight,
+                         &group.grad_norm_bias};
+  py::list made(7);
+  for (int i = 0; i < 7; ++i) {
+    handle tensor = i == 0 ? x : handle(PyTuple_GET_ITEM(parameters.ptr(), i - 1));
+    made[i] = py::none();
+    if (PyList_GET_ITEM(needs.ptr(), i) != Py_True || tensor.is_none()) continue;
+    dlpack::Tensor described;
+    if (!describe(tensor, described)) return py::none();
+    made[i] = new_tokens(tensor, described, described.shape[described.dims - 1], *grads[i]);
+  }
+  group.last = M;
+  p.groups = &group;
+  p.count = 1;
+  p.threads = threads;
+  run_cpu(cpu::kernels().stitch_backward, p);
+  return made;
 }
 
 }  // namespace
@@ -189,6 +264,10 @@ void bind_plain(py::module_& m) {
   m.def("residual_layer_norm", &residual_layer_norm,
         "h + γ · branch, LN of that and, if wanted, its statistics; or None.");
   m.def("fits_residual_layer_norm", &fits_residual_layer_norm, "Whether that would not be None.");
+  m.def("stitch", &stitch,
+        "y of a stitch and, with an eps, LN(y) and its statistics if wanted; or None.");
+  m.def("stitch_gradients", &stitch_gradients,
+        "Those of x and of the parameters that are needed; or None.");
   m.def("width_of_stitches", &width_of_stitches,
         "The output width of a list of stitches that are plainly right for x, or 0.");
 }

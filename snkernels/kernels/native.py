@@ -252,6 +252,37 @@ def linear(
     return y
 
 
+def stitch(
+    x: Tensor, parameters: tuple[Any, ...], eps: float | None = None, statistics: bool = False
+) -> Any:
+    """The y of a stitch (weight, …, norm_bias, scaling) of tokens x (..., in).
+
+    With an eps (y, LN(y)), and mean and 1/σ of each row if they are wanted. None if anything is not
+    plainly right.
+    """
+    return _C.stitch(x, parameters, eps, statistics, torch.get_num_threads())
+
+
+def stitch_gradients(
+    grad_y: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor,
+    parameters: tuple[Any, ...],
+    y: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor | None] | None:
+    """The gradients of x and of a stitch's six tensors, None for what ``needs`` does not mark.
+
+    None if anything is not plainly right.
+    """
+    grads: list[Tensor | None] | None = _C.stitch_gradients(
+        *(grad_y, grad_normed, x, parameters, y, mean, rstd, needs, torch.get_num_threads())
+    )
+    return grads
+
+
 def width_of_stitches(x: Tensor, groups: list[Any]) -> int:
     """The output width of stitches, (weight, …, norm_bias, scaling) each, that x (..., in) fits.
 

@@ -88,13 +88,24 @@ class _Stitch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
         ctx.scaling = scaling
-        return _forward_op(x, weight, bias, lora_A, lora_B, scaling, plain=plain)
+        if not plain:
+            return _forward_op(x, weight, bias, lora_A, lora_B, scaling)
+        y = native.stitch(x, (weight, bias, lora_A, lora_B, None, None, scaling))
+        assert y is not None, "width_of_stitches must be asked first"
+        return y
 
     @staticmethod
     @differentiable_once("stitch")
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
-        grads = backward_op(grad_y, *ctx.saved_tensors, ctx.scaling, needs)
+        x, *tensors = ctx.saved_tensors
+        if unwatched("stitch_backward", x):
+            parameters = *tensors, None, None, ctx.scaling
+            wanted = [*needs, False, False]
+            done = native.stitch_gradients(grad_y, None, x, parameters, None, None, None, wanted)
+            if done is not None:
+                return *done[:5], None, None
+        grads = backward_op(grad_y, x, *tensors, ctx.scaling, needs)
         return *spread(grads, needs), None, None
 
 
@@ -139,6 +150,8 @@ def stitch(
     operands = (as_rows(x if plain else autocast(x)), weight, bias, lora_A, lora_B)
     if needs_grad(*operands):
         y = _apply(*operands, float(scaling), plain)
+    elif plain:
+        y = native.stitch(operands[0], parameters)
     else:
-        y = _forward_op(*operands, float(scaling), plain=plain)
+        y = _forward_op(*operands, float(scaling))
     return from_rows(y, x)

@@ -117,10 +117,14 @@ class _StitchLayerNorm(torch.autograd.Function):
         eps: float,
         plain: bool,
     ) -> tuple[Tensor, Tensor]:
-        norm = norm_weight, norm_bias, eps
-        y, normed, mean, rstd = _forward_op(
-            x, weight, bias, lora_A, lora_B, scaling, *norm, plain=plain
-        )
+        if plain:
+            parameters = weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling
+            done = native.stitch(x, parameters, eps, statistics=True)
+            assert done is not None, "width_of_stitches must be asked first"
+        else:
+            norm = norm_weight, norm_bias, eps
+            done = _forward_op(x, weight, bias, lora_A, lora_B, scaling, *norm)
+        y, normed, mean, rstd = done
         ctx.save_for_backward(
             x, weight, bias, lora_A, lora_B, y, mean, rstd, norm_weight, norm_bias
         )
@@ -131,16 +135,25 @@ class _StitchLayerNorm(torch.autograd.Function):
     @staticmethod
     @differentiable_once("stitch_layer_norm")
     def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None) -> Any:
-        operands, residuals = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         needs = [n for i, n in enumerate(ctx.needs_input_grad) if i not in (5, 8, 9)]
-        if grad_normed is not None:
-            grads = _backward_op(grad_y, grad_normed, *operands, ctx.scaling, *residuals, needs)
-        else:  # LN(y) was not used, so its parameters get no gradient, as in eager torch
+        if grad_normed is None:  # LN(y) was not used: its parameters get no gradient, as in torch
             needs[5:] = False, False
             if grad_y is None:
                 return (None,) * 10
-            grads = stitch_backward(grad_y, *operands, ctx.scaling, needs[:5])
-        *stitch_grads, norm_weight_grad, norm_bias_grad = spread(grads, needs)
+        x, *tensors, y, mean, rstd, norm_weight, norm_bias = ctx.saved_tensors
+        grads = None
+        if unwatched("stitch_layer_norm_backward", x):
+            parameters = *tensors, norm_weight, norm_bias, ctx.scaling
+            given = grad_y, grad_normed, x, parameters, y, mean, rstd
+            grads = native.stitch_gradients(*given, needs)
+        if grads is None:
+            stitch = x, *tensors, ctx.scaling
+            if grad_normed is None:
+                grads = spread(stitch_backward(grad_y, *stitch, needs[:5]), needs)
+            else:
+                residuals = y, mean, rstd, norm_weight, norm_bias
+                grads = spread(_backward_op(grad_y, grad_normed, *stitch, *residuals, needs), needs)
+        *stitch_grads, norm_weight_grad, norm_bias_grad = grads
         return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None, None
 
 
@@ -198,6 +211,8 @@ def stitch_layer_norm(
     arguments = (*operands, float(scaling), *norm, float(eps))
     if needs_grad(*operands, *norm):
         y, normed = _apply(*arguments, plain)
+    elif plain:
+        y, normed = native.stitch(rows, stitch, float(eps))
     else:
-        y, normed, *_ = _forward_op(*arguments, plain=plain)
+        y, normed, *_ = _forward_op(*arguments)
     return from_rows(y, x), from_rows(normed, x)
