@@ -124,7 +124,8 @@ class Plan {
       if (parts == 1 || !rows_wanted) continue;
       entry.packed = packed;
       packed += Parts::padded(p.panels() * p.panel_size());
-      if (!packings.add_parts(g, p.panels(), ceil_div(p.panels(), 4), 1)) return false;
+      const int64_t some = round_up(ceil_div(p.panels(), 4), threads);
+      if (!packings.add_parts(g, p.panels(), smaller(p.panels(), some), 1)) return false;
     }
     bands.sort();
     packed_ = packed_memory_.take(packed);
@@ -138,10 +139,12 @@ class Plan {
   const float* packed(int64_t group) const {
     return entries_[group].packed < 0 ? nullptr : packed_ + entries_[group].packed;
   }
-  void pack(const Task& task, float* room) const {
+  // `ready`: the group for which the room of this thread is prepared; at first none, −1.
+  void pack(const Task& task, float* room, int64_t& ready) const {
     const Entry& entry = entries_[task.group];
     const Projection& p = entry.projection;
-    prepare_packing(p, room);
+    if (ready != task.group) prepare_packing(p, room);
+    ready = task.group;
     pack_panels(p, task.begin, task.end, packed_ + entry.packed + task.begin * p.panel_size(), room);
   }
   // Of a group by columns: its rows x as slices, then panels of y = x Wᵀ + b from all slices.
@@ -221,9 +224,10 @@ Status stitch_forward(const StitchForward& p) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < plan.slicings.size(); ++i)
       plan.slice(plan.slicings[i], rows_of_group(p.x, p.groups[plan.slicings[i].group]));
+    int64_t ready = -1;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < plan.packings.size(); ++i)
-      if (parts) plan.pack(plan.packings[i], room);
+      if (parts) plan.pack(plan.packings[i], room, ready);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < plan.strips.size(); ++i) {
       if (!parts) continue;
@@ -363,9 +367,10 @@ Status stitch_backward(const StitchBackward& p) {
     float *room_rows = parts.take(), *zeros = parts.take(), *norm_weight = parts.take();
     if (parts) std::memset(zeros, 0, N * sizeof(float));
 
+    int64_t ready = -1;
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < plan.packings.size(); ++i)
-      if (parts) plan.pack(plan.packings[i], room);
+      if (parts) plan.pack(plan.packings[i], room, ready);
     const auto sum_block = [&](int64_t i, int64_t) {
       const StitchGroup& group = p.groups[blocks[i].group];
       read_or(group.norm_weight, 1.0f, N, norm_weight);
