@@ -111,21 +111,26 @@ py::object linear(handle x, handle weight, handle bias, int64_t least_work, int6
   return y;
 }
 
+bool read_eps(handle number, float& eps) {
+  if (!PyFloat_CheckExact(number.ptr())) return false;
+  const double value = PyFloat_AS_DOUBLE(number.ptr());
+  eps = float(value);
+  return std::isfinite(value) && value >= 0;
+}
+
 // Reads the arguments of residual_layer_norm; `t` is what h is.
 bool read_residual(handle h, handle branch, handle layer_scale, handle norm_weight,
                    handle norm_bias, handle eps, dlpack::Tensor& t,
                    cpu::ResidualLayerNormForward& p) {
   dlpack::Tensor other;
-  if (!PyFloat_CheckExact(eps.ptr()) || !is_plain(h, t) || !rows_of_tokens(t, p.h) ||
+  if (!read_eps(eps, p.eps) || !is_plain(h, t) || !rows_of_tokens(t, p.h) ||
       !is_plain(branch, other) || !same_shape(t, other) || !rows_of_tokens(other, p.branch) ||
       !look_at_vector(layer_scale, p.h.cols, p.layer_scale) ||
       !look_at_vector(norm_weight, p.h.cols, p.norm_weight) ||
       !look_at_vector(norm_bias, p.h.cols, p.norm_bias))
     return false;
-  const double added = PyFloat_AS_DOUBLE(eps.ptr());
   p.rows_per_scale = p.h.rows;
-  p.eps = float(added);
-  return std::isfinite(added) && added >= 0;
+  return true;
 }
 
 bool fits_residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
@@ -189,7 +194,8 @@ py::object stitch(handle x, handle parameters, handle eps, bool statistics, int 
   dlpack::Tensor t;
   cpu::StitchForward p{};
   cpu::StitchGroup group{};
-  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group))
+  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group) ||
+      !(eps.is_none() || read_eps(eps, p.eps)))
     return py::none();
   group.last = p.x.rows;
   p.groups = &group;
@@ -200,7 +206,6 @@ py::object stitch(handle x, handle parameters, handle eps, bool statistics, int 
     run_cpu(cpu::kernels().stitch_forward, p);
     return y;
   }
-  p.eps = eps.cast<float>();
   py::object normed = new_tokens(x, t, group.weight.rows, p.normed);
   if (!statistics) {
     run_cpu(cpu::kernels().stitch_forward, p);
@@ -234,20 +239,23 @@ py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle 
       !look_at_vector(rstd, M, p.rstd) || (!p.grad_y && !p.grad_normed))
     return py::none();
   // The kernel reads the statistics as the forward wrote them.
-  const auto stands = [](const View& vector) { return vector && vector.col_stride == 1; };
-  if (p.grad_normed && !(p.y && stands(p.mean) && stands(p.rstd))) return py::none();
+  const auto adjacent = [](const View& vector) { return vector && vector.col_stride == 1; };
+  if (p.grad_normed && !(p.y && adjacent(p.mean) && adjacent(p.rstd))) return py::none();
   // In the order of the parameters, x before them.
   View* const grads[] = {&p.grad_x,          &group.grad_weight,      &group.grad_bias,
                          &group.grad_lora_A, &group.grad_lora_B,      &group.grad_norm_weight,
                          &group.grad_norm_bias};
   py::list made(7);
   for (int i = 0; i < 7; ++i) {
-    handle tensor = i == 0 ? x : handle(PyTuple_GET_ITEM(parameters.ptr(), i - 1));
+    const handle tensor = i == 0 ? x : handle(PyTuple_GET_ITEM(parameters.ptr(), i - 1));
+    PyObject* const needed = PyList_GET_ITEM(needs.ptr(), i);
+    if (!PyBool_Check(needed)) return py::none();
     made[i] = py::none();
-    if (PyList_GET_ITEM(needs.ptr(), i) != Py_True || tensor.is_none()) continue;
-    dlpack::Tensor described;
-    if (!describe(tensor, described)) return py::none();
-    made[i] = new_tokens(tensor, described, described.shape[described.dims - 1], *grads[i]);
+    const bool of_norm = i > 4;  // nobody writes those of a norm that was not used
+    if (needed != Py_True || tensor.is_none() || (of_norm && !p.grad_normed)) continue;
+    dlpack::Tensor like;
+    describe(tensor, like);
+    made[i] = new_tokens(tensor, like, like.shape[like.dims - 1], *grads[i]);
   }
   group.last = M;
   p.groups = &group;
@@ -267,7 +275,7 @@ void bind_plain(py::module_& m) {
   m.def("stitch", &stitch,
         "y of a stitch and, with an eps, LN(y) and its statistics if wanted; or None.");
   m.def("stitch_gradients", &stitch_gradients,
-        "Those of x and of the parameters that are needed; or None.");
+        "The gradients of x and of the parameters of a stitch, those that are needed; or None.");
   m.def("width_of_stitches", &width_of_stitches,
         "The output width of a list of stitches that are plainly right for x, or 0.");
 }

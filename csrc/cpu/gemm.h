@@ -192,11 +192,11 @@ class Ahead {
     if (!in_place(matrix)) return;
     next_ = static_cast<const float*>(matrix.data);
     row_stride_ = matrix.row_stride, cols_ = matrix.cols, rows_ = matrix.rows;
-    some_ = ceil_div(rows_ * ceil_div(cols_, LINE), larger(calls, 1));
+    lines_per_call_ = ceil_div(rows_ * ceil_div(cols_, LINE), larger(calls, 1));
   }
   void fetch() {
     Ahead now = *this;  // in registers: through memory each line would wait for the one before
-    for (int64_t i = 0; i < some_ && now.rows_ > 0; ++i) {
+    for (int64_t i = 0; i < lines_per_call_ && now.rows_ > 0; ++i) {
       __builtin_prefetch(now.next_ + now.col_, 0, TO_L2);
       now.col_ += LINE;
       if (now.col_ < cols_) continue;
@@ -207,7 +207,7 @@ class Ahead {
 
  private:
   const float* next_ = nullptr;
-  int64_t row_stride_ = 0, cols_ = 0, rows_ = 0, col_ = 0, some_ = 0;
+  int64_t row_stride_ = 0, cols_ = 0, rows_ = 0, col_ = 0, lines_per_call_ = 0;
 };
 
 // Tiles of a product of so many rows and terms, a panel wide.
@@ -260,14 +260,14 @@ inline void gather_columns(const View& u, int64_t row, int64_t terms, int64_t fi
 // read where they lie, fetched ahead. The columns of v are read where they lie, if they lie in rows of
 // floats.
 constexpr int TERMS_AHEAD = 48;
-constexpr int64_t STRIP = 4 * MR;  // rows of out at a time, so that lines of u are used whole
+constexpr int64_t OUT_ROWS = 4 * MR;  // of out at a time, so that lines of u are used whole
 inline int64_t transposed_product_size(int64_t cols) {
-  return STRIP * round_up(cols, NR) + (STRIP + NR) * KC;
+  return OUT_ROWS * round_up(cols, NR) + (OUT_ROWS + NR) * KC;
 }
 inline void transposed_product(const View& u, const View& v, int64_t first, int64_t count,
                                const View& out, float* room) {
   const int64_t ldc = round_up(v.cols, NR);
-  float *c = room, *slices = c + STRIP * ldc, *panel = slices + STRIP * KC;
+  float *c = room, *slices = c + OUT_ROWS * ldc, *panel = slices + OUT_ROWS * KC;
   const bool gathers = !in_place(u) || count % MR != 0 || v.cols > 4 * NR;
   int64_t m = 0;
   do {  // once at least, as no rows at all make zeros

@@ -61,10 +61,17 @@ inline int64_t room_for_projection(const Projection& p, int64_t rows) {
 // Where a product goes: to rows of an output, each of which gets the bias, or to rows that are kept,
 // `stride` apart.
 struct Result {
-  View out = {}, bias = {};
-  bool large = false;
-  float* kept = nullptr;
-  int64_t stride = 0;
+  View out, bias;
+  bool large;
+  float* kept;
+  int64_t stride;
+
+  static Result leaving_to(const View& out, const View& bias, bool large) {
+    return {out, bias, large, nullptr, 0};
+  }
+  static Result kept_in(float* rows, int64_t stride) {
+    return {View(), View(), false, rows, stride};
+  }
 
   // `cols` columns from j on; `room` is for NR values of each row.
   Strip columns(int64_t j, int64_t cols, float* room) const {
@@ -81,9 +88,10 @@ class LowRankPanels {
   explicit LowRankPanels(float* room) : panels_(room) {}
   // Apart from its callers, whose loops the compiler would otherwise make slower.
   [[gnu::noinline]] const float* of(int64_t group, const View& down) {
-    for (int64_t j = 0; group != group_ && j < down.rows; j += NR)
-      pack<NR>(down, j, smaller(NR, down.rows - j), 0, down.cols, panels_ + j * down.cols);
+    if (group == group_) return panels_;
     group_ = group;
+    for (int64_t j = 0; j < down.rows; j += NR)
+      pack<NR>(down, j, smaller(NR, down.rows - j), 0, down.cols, panels_ + j * down.cols);
     return panels_;
   }
 

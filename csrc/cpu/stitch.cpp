@@ -106,12 +106,13 @@ class Plan {
           p.panels() >= threads && better_by_columns(M, p.weight)) {
         entry.packed = packed;
         packed += Parts::padded(slices_size(M, p.terms()));
-        room_ = larger(room_, p.panel_size() + round_up(M, MR) * NR);
+        room_ = larger(room_, p.panel_size() + M * NR);
         if (!slicings.add_parts(g, M, ceil_div(M, 4 * MR), MR)) return false;
         if (!strips.add_parts(g, p.panels(), p.panels(), 1)) return false;
         continue;
       }
-      if (!bands.add_parts(g, M, parts, MR, parts < 2 * threads ? 0 : threads)) return false;
+      const bool shared = threads > 1 && parts >= 2 * threads;
+      if (!bands.add_parts(g, M, parts, MR, shared ? threads : 0)) return false;
       const int64_t height = parts == 0 ? 0 : ceil_div(ceil_div(M, MR), parts) * MR;
       highest_ = larger(highest_, height);
       stride_ = larger(stride_, low_rank_stride(p.rank()));
@@ -124,6 +125,7 @@ class Plan {
       if (parts == 1 || !rows_wanted) continue;
       entry.packed = packed;
       packed += Parts::padded(p.panels() * p.panel_size());
+      // Some panels to a task, as each one fetches the next of its own; as many tasks to each thread.
       const int64_t some = round_up(ceil_div(p.panels(), 4), threads);
       if (!packings.add_parts(g, p.panels(), smaller(p.panels(), some), 1)) return false;
     }
@@ -197,8 +199,8 @@ Status stitch_forward(const StitchForward& p) {
       [](const StitchGroup&) { return false; });
   if (!made) return Status::out_of_memory;
   const int64_t N = p.y.cols, highest = plan.highest();
-  // Rows of a band are a cache line longer than needed: a power of two apart, all rows of a tile
-  // would fall into one set of the L1 cache.
+  // Rows of a band that are kept are a cache line longer than needed: a power of two apart, all rows of
+  // a tile would fall into one set of the L1 cache. In an output each line is written once.
   const int64_t ldc = N + 16;
   const bool large = past_caches(p.y.rows * (p.x.cols + (p.normed ? 2 : 1) * N));
   const NormedOutput out{Target(p.y, large), Target(p.normed, large),
@@ -232,7 +234,7 @@ Status stitch_forward(const StitchForward& p) {
     for (int64_t i = 0; i < plan.strips.size(); ++i) {
       if (!parts) continue;
       const StitchGroup& group = p.groups[plan.strips[i].group];
-      const Result result{rows_of_group(p.y, group), group.bias, large};
+      const Result result = Result::leaving_to(rows_of_group(p.y, group), group.bias, large);
       plan.project_strip(plan.strips[i], result, p.threads, room);
     }
 #pragma omp for schedule(dynamic)
@@ -248,10 +250,11 @@ Status stitch_forward(const StitchForward& p) {
         const Projection& projection = plan.projection(band.group);
         LowRank low_rank{s, nullptr};
         if (projection.live()) low_rank.panels = panels_of_A.of(band.group, projection.down);
-        const Result kept{View(), View(), false, c, ldc};
-        const Result leaving{rows_of(p.y, first, rows), group.bias, large};
+        const Result result = p.normed
+                                  ? Result::kept_in(c, ldc)
+                                  : Result::leaving_to(rows_of(p.y, first, rows), group.bias, large);
         project(projection, rows_of(p.x, first, rows), plan.packed(band.group),
-                projection.live() ? &low_rank : nullptr, p.normed ? &kept : &leaving, View(), room);
+                projection.live() ? &low_rank : nullptr, &result, View(), room);
         if (!p.normed) continue;
       }
       read_or(group.bias, 0.0f, N, bias);
@@ -319,9 +322,9 @@ Status stitch_backward(const StitchBackward& p) {
       added = blocks.add_parts(g, row_blocks(rows), row_blocks(rows), 1);
     }
     if (group.grad_lora_A || group.grad_lora_B) low_rank_size += 2 * rows * plan.stride();
-    if (group.grad_lora_A) added = added && dA.add_parts(g, K, ceil_div(K, STRIP), STRIP);
-    if (group.grad_lora_B) added = added && dB.add_parts(g, N, ceil_div(N, STRIP), STRIP);
-    if (group.grad_weight) added = added && dW.add_parts(g, N, ceil_div(N, STRIP), STRIP);
+    if (group.grad_lora_A) added = added && dA.add_parts(g, K, ceil_div(K, OUT_ROWS), OUT_ROWS);
+    if (group.grad_lora_B) added = added && dB.add_parts(g, N, ceil_div(N, OUT_ROWS), OUT_ROWS);
+    if (group.grad_weight) added = added && dW.add_parts(g, N, ceil_div(N, OUT_ROWS), OUT_ROWS);
     if (!added) return Status::out_of_memory;
   }
   float* sums = sums_memory.take(sums_size);
@@ -421,7 +424,7 @@ Status stitch_backward(const StitchBackward& p) {
         }
       } else {
         const Projection& projection = plan.projection(band.group);
-        const Result result{rows_of(p.grad_x, first, rows), View(), large};
+        const Result result = Result::leaving_to(rows_of(p.grad_x, first, rows), View(), large);
         const int64_t begin = band.begin * low_rank_stride(projection.rank());
         const bool wanted = bool(group.grad_lora_A), low = wanted || (p.grad_x && projection.live());
         LowRank dy_B{wanted ? low_rank + place.dy_B + begin : band_s, nullptr};

@@ -153,8 +153,21 @@ def test_outputs_that_are_stored_past_the_caches(op: Op, backend: str) -> None:
     """As the CPU's kernels do with 3 · 2²⁰ values or more, where rows are whole vectors."""
     if not backend.startswith("cpu"):
         pytest.skip("only the compiled CPU kernels do")
-    for shape in (Shape(3100, 12, 1024, 2), Shape(3100, 12, 1030, 2), Shape(3100, 1024, 12, 2)):
-        judge(op, make(op, shape, torch.float32))
+    for wide in (1024, 1030, 1040):  # whole panels; a tail that is not streamed, and one that is
+        judge(op, make(op, Shape(3100, 12, wide, 2), torch.float32))
+        judge(op, make(op, Shape(3100, wide, 12, 2), torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_rank_parts_that_take_several_sums(
+    stitch_op: Op, backend: str, dtype: torch.dtype
+) -> None:
+    """Beside the weight, as of few rows it is not merged, and of more terms than one sum takes."""
+    if not backend.startswith("cpu"):
+        pytest.skip(
+            "only the compiled CPU kernels sum so many terms at a time, and take such ranks"
+        )
+    judge(stitch_op, make(stitch_op, Shape(30, 600, 610, 300), dtype))
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16], ids=str)

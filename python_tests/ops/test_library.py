@@ -14,6 +14,7 @@ about_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory"
 
 SHAPE = Shape(20, 30, 40, 4)
 LARGE = Shape(500, 300, 70, 20)  # several bands for each of many threads
+STREAMED = Shape(2100, 1024, 40, 4)  # the CPU's outputs go past its caches
 
 
 def arguments(dtype: torch.dtype, shape: Shape = SHAPE) -> dict[str, tuple]:
@@ -101,9 +102,10 @@ def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
                 torch.set_num_threads(threads)
                 torch.manual_seed(0)
                 outputs = []
-                for name, args in arguments(torch.float32, LARGE).items():
-                    out = getattr(torch.ops.snkernels, name)(*args)
-                    outputs += [out] if isinstance(out, torch.Tensor) else list(out)
+                for shape in (LARGE, STREAMED):
+                    for name, args in arguments(torch.float32, shape).items():
+                        out = getattr(torch.ops.snkernels, name)(*args)
+                        outputs += [out] if isinstance(out, torch.Tensor) else list(out)
                 results.append(outputs)
     finally:
         torch.set_num_threads(before)

@@ -22,6 +22,7 @@ from snkernels.ops import (
     stitch,
     stitch_layer_norm,
 )
+from snkernels.ops.checks import as_rows
 from snkernels.ops.library import unwatched
 
 pytestmark = [
@@ -83,8 +84,9 @@ def is_plain(op: str, x: Tensor, *rest: object, scaling: object = 0.5, eps: obje
         stitches.insert(0, (torch.randn(OUT, WIDTH), None, None, None, None, None, 1.0))
     fits = native.width_of_stitches(x, stitches) == OUT
     if op != "multi_stitch":
-        done = native.stitch(x, stitches[0], None if op == "stitch" else 1e-6)
-        assert fits == (done is not None) or (fits and x.dim() > 2)  # ops make rows of tokens first
+        rows = as_rows(x) if fits else x  # as with gradients
+        done = native.stitch(rows, stitches[0], None if op == "stitch" else 1e-6)
+        assert fits == (done is not None)
     return fits
 
 
@@ -251,6 +253,9 @@ def test_gradients_that_are_not_plain() -> None:
     assert native.stitch_gradients(None, None, *given[2:], needs) is None
     assert native.stitch_gradients(*given[:3], (None, *parameters[1:]), *given[4:], needs) is None
     assert native.stitch_gradients(*given, needs[1:]) is None
+    assert native.stitch_gradients(*given, [1] * 7) is None
+    of_y = native.stitch_gradients(given[0], None, x, parameters, None, None, None, needs)
+    assert of_y is not None and [g is None for g in of_y] == [False] * 5 + [True] * 2
 
 
 class Subclass(Tensor):
@@ -306,6 +311,8 @@ def test_unusual_numbers_are_not_plain(number: object) -> None:
     assert not is_plain("residual_layer_norm", x, *others("residual_layer_norm", x), eps=-1e-6)
     for op in STITCHES:
         assert not is_plain(op, x, *others(op, x), scaling=number)
+    if number is not None:  # without an eps there is no LayerNorm
+        assert native.stitch(x, (*others("stitch_layer_norm", x), 0.5), number) is None
 
 
 @pytest.mark.parametrize("op", STITCHES)

@@ -1,8 +1,8 @@
 """The thin face of the compiled module, which reads and checks the tensors that it is given.
 
 The functions allocate the outputs. Those of library ops have their signatures; ``linear``,
-``residual_layer_norm`` and what says whether arguments fit look at them first, and leave to the
-caller what is not plainly right.
+``residual_layer_norm``, ``stitch``, ``stitch_gradients`` and what says whether arguments fit look
+at them first, and leave to the caller what is not plainly right.
 """
 
 import importlib

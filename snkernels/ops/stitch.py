@@ -141,7 +141,14 @@ def stitch(
         TypeError, ValueError: arguments that do not fit together.
     """
     parameters = (weight, bias, lora_A, lora_B, None, None, scaling)
-    plain = unwatched("stitch", x) and native.width_of_stitches(x, [parameters]) > 0
+    plain = False
+    if unwatched("stitch", x):
+        if not torch.is_grad_enabled():
+            done: Tensor | None = native.stitch(x, parameters)
+            if done is not None:
+                return done
+        else:
+            plain = native.width_of_stitches(x, [parameters]) > 0
     if not plain:
         check_input(x)
         check_stitch(x, weight, bias, lora_A, lora_B, scaling)
@@ -150,8 +157,6 @@ def stitch(
     operands = (as_rows(x if plain else autocast(x)), weight, bias, lora_A, lora_B)
     if needs_grad(*operands):
         y = _apply(*operands, float(scaling), plain)
-    elif plain:
-        y = native.stitch(operands[0], parameters)
     else:
-        y = _forward_op(*operands, float(scaling))
+        y = _forward_op(*operands, float(scaling), plain=plain)
     return from_rows(y, x)

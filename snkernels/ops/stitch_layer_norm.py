@@ -197,7 +197,14 @@ def stitch_layer_norm(
         TypeError, ValueError: arguments that do not fit together.
     """
     stitch = (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling)
-    plain = unwatched("stitch_layer_norm", x) and native.width_of_stitches(x, [stitch]) > 0
+    plain = False
+    if unwatched("stitch_layer_norm", x):
+        if not torch.is_grad_enabled():
+            done: tuple[Tensor, Tensor] | None = native.stitch(x, stitch, eps)
+            if done is not None:
+                return done
+        else:
+            plain = native.width_of_stitches(x, [stitch]) > 0
     if not plain:
         check_input(x)
         check_stitch(x, weight, bias, lora_A, lora_B, scaling)
@@ -211,8 +218,6 @@ def stitch_layer_norm(
     arguments = (*operands, float(scaling), *norm, float(eps))
     if needs_grad(*operands, *norm):
         y, normed = _apply(*arguments, plain)
-    elif plain:
-        y, normed = native.stitch(rows, stitch, float(eps))
     else:
-        y, normed, *_ = _forward_op(*arguments)
+        y, normed, *_ = _forward_op(*arguments, plain=plain)
     return from_rows(y, x), from_rows(normed, x)
