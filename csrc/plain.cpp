@@ -111,6 +111,20 @@ py::object linear(handle x, handle weight, handle bias, int64_t least_work, int6
   return y;
 }
 
+// Runs a forward that also normalises: what it makes and, if wanted, the statistics of `rows` rows.
+template <typename Forward>
+py::object with_norm(Status (*forward)(const Forward&), Forward& p, handle like, int64_t rows,
+                     bool statistics, const py::object& made, const py::object& normed) {
+  if (!statistics) {
+    run_cpu(forward, p);
+    return py::make_tuple(made, normed);
+  }
+  const py::tuple shape = py::make_tuple(rows);
+  py::object mean = new_empty(like, shape, p.mean), rstd = new_empty(like, shape, p.rstd);
+  run_cpu(forward, p);
+  return py::make_tuple(made, normed, mean, rstd);
+}
+
 bool read_eps(handle number, float& eps) {
   if (!PyFloat_CheckExact(number.ptr())) return false;
   const double value = PyFloat_AS_DOUBLE(number.ptr());
@@ -147,14 +161,7 @@ py::object residual_layer_norm(handle h, handle branch, handle layer_scale, hand
   if (!read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p)) return py::none();
   p.threads = threads;
   py::object sum = new_tokens(h, t, p.h.cols, p.sum), normed = new_tokens(h, t, p.h.cols, p.normed);
-  if (!statistics) {
-    run_cpu(cpu::kernels().residual_layer_norm_forward, p);
-    return py::make_tuple(sum, normed);
-  }
-  const py::tuple rows = py::make_tuple(p.h.rows);
-  py::object mean = new_empty(h, rows, p.mean), rstd = new_empty(h, rows, p.rstd);
-  run_cpu(cpu::kernels().residual_layer_norm_forward, p);
-  return py::make_tuple(sum, normed, mean, rstd);
+  return with_norm(cpu::kernels().residual_layer_norm_forward, p, h, p.h.rows, statistics, sum, normed);
 }
 
 // Reads the parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) for
@@ -207,14 +214,7 @@ py::object stitch(handle x, handle parameters, handle eps, bool statistics, int 
     return y;
   }
   py::object normed = new_tokens(x, t, group.weight.rows, p.normed);
-  if (!statistics) {
-    run_cpu(cpu::kernels().stitch_forward, p);
-    return py::make_tuple(y, normed);
-  }
-  const py::tuple rows = py::make_tuple(p.x.rows);
-  py::object mean = new_empty(x, rows, p.mean), rstd = new_empty(x, rows, p.rstd);
-  run_cpu(cpu::kernels().stitch_forward, p);
-  return py::make_tuple(y, normed, mean, rstd);
+  return with_norm(cpu::kernels().stitch_forward, p, x, p.x.rows, statistics, y, normed);
 }
 
 // Reads tokens of so many rows and features, or nothing of None.
