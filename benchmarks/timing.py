@@ -141,6 +141,17 @@ def launch_timer(call: Callable[[], object]) -> Callable[[], float]:
     return sample
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """Of a captured graph, which reads tensors that nothing but the captured calls may hold."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Callable[[], object]]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     """All the calls captured into one CUDA graph; returns its replay.
 
@@ -165,4 +176,4 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream):
         kept = [call() for call in calls]
     del kept
-    return graph.replay
+    return _Replay(graph, calls)

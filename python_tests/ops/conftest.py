@@ -57,9 +57,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def op_of(test: pytest.Function) -> str:
-    """The op that a test is about: its parameter, or else its module's only one."""
+    """The op that a test is about: its parameter or the parameter's name, or its module's only one."""
     tested = test.callspec.params.values()
     names = [op.library for op in OPS.values() if op in tested]
+    names += [name.removesuffix("_backward") for name in OFFERED if name in tested]
     return names[0] if names else test.module.OP
 
 
@@ -74,7 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        kernel = f"{op_of(item)}:{backend}" if backend in ("triton", "cuda") else "none"
+        kernel = "none"
+        if backend in ("triton", "cuda") and backend in OFFERED[op := op_of(item)]:
+            kernel = f"{op}:{backend}"
         (kept if kernel == chosen else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
