@@ -57,7 +57,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def op_of(test: pytest.Function) -> str:
-    """The op that a test is about: its parameter or the parameter's name, or its module's only one."""
+    """The op a test is about: its parameter or the parameter's name, or its module's only one."""
     tested = test.callspec.params.values()
     names = [op.library for op in OPS.values() if op in tested]
     names += [name.removesuffix("_backward") for name in OFFERED if name in tested]

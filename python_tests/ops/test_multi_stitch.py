@@ -32,8 +32,8 @@ def normalize(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def offsets_of(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(sizes)])
+def offsets_of(sizes: list[int], where: str = DEVICE) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(sizes)], device=where)
 
 
 def make_groups(
@@ -59,8 +59,9 @@ def group(tensors: Tensors, i: int) -> Tensors:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def functions(sizes: list[int], normalize: bool, as_integers: bool = False):
-    offsets = offsets_of(sizes)
+def functions(sizes: list[int], normalize: bool, as_integers: bool = False, where: str = DEVICE):
+    """The op and eager torch; ``where`` is the memory of the offsets if they are no integers."""
+    offsets = offsets_of(sizes, where)
     if as_integers:
         offsets = offsets.tolist()
     single = STITCHES["stitch_layer_norm" if normalize else "stitch"]
@@ -132,14 +133,19 @@ def test_groups_of_other_ranks_dtypes_and_strides(normalize: bool, backend: str)
     judge(sizes, normalize, tensors)
 
 
-def test_groups_without_rows_get_none(normalize: bool, backend: str) -> None:
+@pytest.mark.parametrize("where", dict.fromkeys(("cpu", DEVICE)))
+def test_groups_without_rows_get_none(normalize: bool, backend: str, where: str) -> None:
+    """Or zeros where only a GPU knows the offsets."""
     sizes = SIZES["with empty ones"]
     tensors = make_groups(sizes, normalize, torch.float32)
     leaves = {name: value.requires_grad_() for name, value in tensors.items()}
-    sum(o.square().sum() for o in functions(sizes, normalize)[0](leaves, SCALING)).backward()
+    grouped, _ = functions(sizes, normalize, where=where)
+    sum(o.square().sum() for o in grouped(leaves, SCALING)).backward()
     for name, leaf in leaves.items():
-        present = name == "x" or sizes[int(name.split(".")[0])] > 0
-        assert (leaf.grad is not None) == present, name
+        if name == "x" or sizes[int(name.split(".")[0])]:
+            assert leaf.grad.any(), name
+        else:
+            assert leaf.grad is None if where == "cpu" else not leaf.grad.any(), name
 
 
 def test_an_unused_norm_gets_no_gradient(backend: str) -> None:
@@ -185,7 +191,7 @@ def test_compiled_code_meets_bad_offsets_when_it_runs() -> None:
             compiled(X, OFFSETS, GROUPS)
             for offsets in ([0, 9, 5], [0, 2, 6], [1, 2, 5], [0, -1, 5]):
                 with pytest.raises(ValueError, match=r"group_offsets must rise from 0 to the 5"):
-                    compiled(X, torch.tensor(offsets), GROUPS)
+                    compiled(X, torch.tensor(offsets, device="cpu"), GROUPS)
 
 
 def test_the_library_op_meets_groups_that_do_not_fit() -> None:
@@ -195,12 +201,13 @@ def test_the_library_op_meets_groups_that_do_not_fit() -> None:
             continue
 
         def forward(offsets: list[int], tensors: list[Tensor | None]) -> None:
-            operands = X, torch.tensor(offsets), None, tensors, [1.0, 1.0]
+            in_memory = torch.tensor(offsets, device="cpu")
+            operands = X, in_memory, None, tensors, [1.0, 1.0]
             torch.ops.snkernels.multi_stitch(*operands, 4, True, EPS)
 
         def backward(offsets: list[int], tensors: list[Tensor | None]) -> None:
-            y, rows = torch.randn(5, 4), torch.ones(5)
-            operands = X, torch.tensor(offsets), None, tensors, [1.0, 1.0], y, rows, rows
+            in_memory, y, rows = torch.tensor(offsets, device="cpu"), X @ W.t(), X.sum(1)
+            operands = X, in_memory, None, tensors, [1.0, 1.0], y, rows, rows
             torch.ops.snkernels.multi_stitch_backward(
                 y, y, *operands, [t is not None for t in (X, *tensors)]
             )
@@ -250,6 +257,7 @@ def test_what_no_norm_needs_may_be_written_over(backend: str) -> None:
         torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-4)
 
 
+# Made on import, and so in CPU memory on a GPU too.
 X, W = torch.randn(5, 3), torch.randn(4, 3)
 OFFSETS = torch.tensor([0, 2, 5])
 GROUPS = [StitchGroup(W), StitchGroup(W)]
