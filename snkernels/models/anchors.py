@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from snkernels.models.blocks import Block, BlockParts, Stream, is_plain_norm, parts_of, run_block
+from snkernels.ops.library import autocasts
 from snkernels.routing.cost import ViTShape
 
 # An nn.Module that `check_anchor` accepts; which parts that means no type of torch can say.
@@ -127,7 +128,7 @@ def check_images(vit: Anchor, images: Tensor) -> None:
     if images.device != weight.device:
         raise ValueError(f"images must be on {weight.device} as the model, got {images.device}")
     double = torch.float64 in (images.dtype, weight.dtype)  # which autocast leaves alone
-    if images.dtype != weight.dtype and (double or not _autocasts(weight.device.type)):
+    if images.dtype != weight.dtype and (double or not autocasts(weight.device.type)):
         raise TypeError(f"images must be {weight.dtype} as the model, got {images.dtype}")
     patch_embed = vit.patch_embed
     channels = patch_embed.proj.weight.shape[1]
@@ -144,10 +145,6 @@ def check_images(vit: Anchor, images: Tensor) -> None:
         raise ValueError(
             f"images must have shape (batch, {channels}, {wanted}), got {tuple(images.shape)}"
         )
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def image_shape(vit: Anchor) -> tuple[int, int, int]:

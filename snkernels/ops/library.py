@@ -166,11 +166,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; never where torch has none."""
+    # Dynamo of torch 2.11 cannot trace the question, so it is only asked where it is one.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which autocast, where it is on, would hand a tensor to a linear layer."""
-    if dtype == torch.float64 or not (device == "cpu" or torch.amp.is_autocast_available(device)):
-        return dtype
-    if not torch.is_autocast_enabled(device):
+    if dtype == torch.float64 or not autocasts(device):
         return dtype
     return torch.get_autocast_dtype(device)
 
