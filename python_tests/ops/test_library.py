@@ -90,6 +90,7 @@ def test_opcheck_of_groups_in_triton(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.snkernels, name).default, args)
 
 
+@about_the_cpu
 @pytest.mark.parametrize("isa", native._C.cpu_isas() if native._C else [])
 def test_the_number_of_threads_changes_no_bit(isa: str) -> None:
     """Nor do rows that go through a kernel with others give other bits than alone."""
