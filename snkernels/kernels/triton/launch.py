@@ -22,7 +22,10 @@ _runner: Runner = _run
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launches on the device of the first tensor among ``args``, on torch's current stream."""
+    """Launches on the device of the first tensor among ``args``, on torch's current stream.
+
+    ``options`` are the kernel's constants and what the compiler takes.
+    """
     # Triton's own default for fusion is about to change: the same bits from every version.
     _runner(kernel, grid, args, {"enable_fp_fusion": True, **options})
 

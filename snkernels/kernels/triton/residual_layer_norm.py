@@ -258,6 +258,10 @@ def normalize_rows_backward(
         chunk,
         partial.stride(0),
         *found_by,
+        # Fused, a product is rounded in one term of a difference and not in the other. Where they
+        # cancel, as in rows of one value, 1/σ makes much of what that leaves. Bytes bound this
+        # kernel, so it costs nothing.
+        enable_fp_fusion=False,
         **config,
     )
     if groups is None:
