@@ -74,6 +74,24 @@ def test_groups_compile_with_an_identity_and_ranks_of_one() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_exact_products_of_a_block_have_sums_of_their_own() -> None:
+    """Else one chain goes over all of K, which the interpreter, that has none, cannot show."""
+    done = run(
+        "-c",
+        "import triton\n"
+        "from snkernels.kernels import report\n"
+        "from snkernels.kernels.triton import launch\n"
+        "def build(kernel, grid, args, options):\n"
+        "    if 'PRECISION' in options:\n"
+        "        ir = kernel.warmup(*args, grid=grid, **options).asm['ttgir']\n"
+        "        assert ir.count('tt.dot ') <= ir.count('arith.addf '), ir\n"
+        "triton.runtime.driver.set_active(report.NoGpu(90))\n"
+        "with launch.launches_go_to(build):\n"
+        "    report.launch_stitches(report.Shape(64, 64, 64), report.DTYPES['fp32'])\n",
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("arch", "dtype"), [(80, "fp16"), (90, "bf16"), (100, "bf16/fp32")])
 def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     """No spills, tensor cores, shared memory that there is, 64-bit addresses (see faults).

@@ -90,7 +90,7 @@ def project_tiles(
                 w_tile = w.load([first_n + i * BLOCK_N, k]).T
             else:
                 w_tile = w.load([k, first_n + i * BLOCK_N])
-            sums += (tl.dot(x_tile, w_tile.to(dtype), tiles[i], input_precision=PRECISION),)
+            sums += (dot(tiles[i], x_tile, w_tile.to(dtype), PRECISION),)
         tiles = sums
         if not TMA:
             p_w += step_w
@@ -122,10 +122,25 @@ def project_tiles(
 
 
 @triton.jit
+def dot(acc, left, right, PRECISION: tl.constexpr):
+    """Adds left · right, of one dtype. Exact fp32 products of a block are summed by themselves.
+
+    They go term by term, and over all of K that chain has up to four times the error of torch's.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # The compiler makes one dot of a sum and a dot, unless this number is set. It says how many
+        # terms fp8 may sum less precisely; fp32 does not look at it.
+        block = tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=1)
+        return acc + block
+    else:
+        return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def dot_wide_left(acc, wide, narrow, PRECISION: tl.constexpr):
     """Adds wide · narrow, where wide is fp32 and loses nothing; narrow is fp32 or half."""
     if narrow.dtype == tl.float32:
-        acc = tl.dot(wide, narrow, acc, input_precision=PRECISION)
+        acc = dot(acc, wide, narrow, PRECISION)
     else:
         high, rest, unit = _split(wide, 1, narrow.dtype)
         acc = tl.dot(rest, narrow, tl.dot(high, narrow, acc / unit)) * unit
@@ -136,7 +151,7 @@ def dot_wide_left(acc, wide, narrow, PRECISION: tl.constexpr):
 def dot_wide_right(acc, narrow, wide, PRECISION: tl.constexpr):
     """Adds narrow · wide, as :func:`dot_wide_left` does."""
     if narrow.dtype == tl.float32:
-        acc = tl.dot(narrow, wide, acc, input_precision=PRECISION)
+        acc = dot(acc, narrow, wide, PRECISION)
     else:
         high, rest, unit = _split(wide, 0, narrow.dtype)
         acc = tl.dot(narrow, rest, tl.dot(narrow, high, acc / unit)) * unit

@@ -19,7 +19,7 @@ from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.groups import Groups, in_chunks, rows_of
 from snkernels.kernels.triton.launch import dot_precision, launch
 from snkernels.kernels.triton.operands import Operand, at, operand, store_tile
-from snkernels.kernels.triton.products import dot_wide_right, factors, project_tiles
+from snkernels.kernels.triton.products import dot, dot_wide_right, factors, project_tiles
 from snkernels.kernels.triton.sums import column_sums, sum_chunks
 
 
@@ -102,8 +102,7 @@ def _outer_kernel(
         if right_tile.dtype == tl.float32:
             acc = dot_wide_right(acc, left_tile, right_tile, PRECISION)
         else:
-            right_tile = right_tile.to(left_tile.dtype)
-            acc = tl.dot(left_tile, right_tile, acc, input_precision=PRECISION)
+            acc = dot(acc, left_tile, right_tile.to(left_tile.dtype), PRECISION)
         p_left += step_left
         p_right += step_right
     out = Operand(p_out + chunk_id * P * Q, strides_out)
