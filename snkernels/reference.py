@@ -3,10 +3,11 @@
 It is also the ``torch`` backend, for all that no kernel covers: fp64, and GPUs as long as no record
 speaks for a kernel. Half precision on the CPU computes in fp32, because half GEMMs are slower
 there; on a GPU the operands stay half, where tensor cores accumulate in fp32 by themselves, and
-only the merged weight is rounded once. The low-rank intermediate is never rounded to half
-precision.
+only the merged weight and its gradient are rounded once. The low-rank intermediate is never rounded
+to half precision.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,18 @@ def layer_norm(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LN(y) over the last dimension in a dtype, or y's own; fp32 mean and 1/σ of each row."""
+    dtype = dtype or y.dtype
+    if has_exact_layer_norm(y):
+        affine = [vector for vector in (norm_weight, norm_bias) if vector is not None]
+        common = _common_dtype(dtype, y.dtype, *(vector.dtype for vector in affine))
+        normed, mean, rstd = torch.native_layer_norm(
+            y.to(common),
+            y.shape[-1:],
+            None if norm_weight is None else norm_weight.to(common),
+            None if norm_bias is None else norm_bias.to(common),
+            eps,
+        )
+        return normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
     wide = torch.promote_types(y.dtype, torch.float32)
     values = y.to(wide)
     mean = values.mean(-1, keepdim=True)
@@ -67,7 +80,23 @@ def layer_norm(
         normed = normed * norm_weight.to(wide)
     if norm_bias is not None:
         normed = normed + norm_bias.to(wide)
-    return normed.to(dtype or y.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def has_exact_layer_norm(y: Tensor) -> bool:
+    """Whether torch's own LayerNorm serves, which is faster than the formula in steps.
+
+    On a GPU it goes by y - mean, and has fp32 statistics for half rows. On the CPU it goes by
+    y / σ - mean / σ, which loses the digits of rows with a large mean, and rounds the statistics.
+    """
+    return y.is_cuda
+
+
+def _common_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which torch's LayerNorm, which takes only one on a GPU, loses nothing."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def stitch_backward(
@@ -83,27 +112,57 @@ def stitch_backward(
     """Gradients of those of (x, weight, bias, lora_A, lora_B) that ``needs`` marks, in order."""
     dtype = compute_dtype(x)
     wide = torch.promote_types(dtype, torch.float32)
-    grad = grad_y.to(wide)
+    grad, rows = grad_y.to(dtype), x.to(dtype)
     need_x, need_weight, need_bias, need_A, need_B = needs
+    need_A, need_B = need_A and lora_A is not None, need_B and lora_B is not None
     grads = []
     if need_x:
         merged = merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
-        grads.append((grad_y.to(dtype) @ merged).to(x.dtype))
-    if need_weight:
-        grads.append((grad.t() @ x.to(wide)).to(weight.dtype))
+        grads.append((grad @ merged).to(x.dtype))
+    # That of W + scaling · B A gives those of A and B too. Where nothing else needs it, it still
+    # costs less in half precision than products of the low-rank intermediates in fp32.
+    of_merged = None
+    if need_weight or ((need_A or need_B) and dtype != wide):
+        of_merged = grad.t() @ rows
+    if need_weight and of_merged is not None:
+        grads.append(of_merged.to(weight.dtype))
     if need_bias and bias is not None:
-        grads.append(grad.sum(0).to(bias.dtype))
+        grads.append(grad_y.sum(0, dtype=wide).to(bias.dtype))
     if need_A and lora_A is not None and lora_B is not None:
-        grads.append((scaling * (grad @ lora_B.to(wide)).t() @ x.to(wide)).to(lora_A.dtype))
+        if of_merged is None:
+            through = (grad @ lora_B.to(wide)).t() @ rows
+        else:
+            through = lora_B.to(wide).t() @ of_merged.to(wide)
+        grads.append((scaling * through).to(lora_A.dtype))
     if need_B and lora_A is not None and lora_B is not None:
-        grads.append((scaling * grad.t() @ (x.to(wide) @ lora_A.to(wide).t())).to(lora_B.dtype))
+        if of_merged is None:
+            through = grad.t() @ (rows @ lora_A.to(wide).t())
+        else:
+            through = of_merged.to(wide) @ lora_A.to(wide).t()
+        grads.append((scaling * through).to(lora_B.dtype))
     return grads
 
 
 def layer_norm_backward(
     grad_normed: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y (by way of LN alone), norm weight and norm bias, in fp32 (fp64 for fp64)."""
+    """Gradients of y (by way of LN alone), norm weight and norm bias.
+
+    In fp32 (fp64 for fp64), but on a GPU, where all are of one half dtype, in that.
+    """
+    if has_exact_layer_norm(y):
+        weight = y.new_ones(y.shape[-1:]) if norm_weight is None else norm_weight
+        common = _common_dtype(grad_normed.dtype, y.dtype, weight.dtype)
+        weight = weight.to(common)
+        return torch.ops.aten.native_layer_norm_backward(
+            grad_normed.to(common),
+            y.to(common),
+            y.shape[-1:],
+            *(statistic.contiguous().unsqueeze(-1) for statistic in (mean, rstd)),
+            weight,
+            weight,  # in place of the bias, for the shape and dtype of its gradient
+            [True] * 3,
+        )
     wide = torch.promote_types(y.dtype, torch.float32)
     grad, rstd = grad_normed.to(wide), rstd.unsqueeze(-1)
     normalized = (y.to(wide) - mean.unsqueeze(-1)) * rstd
@@ -170,8 +229,13 @@ def residual(
     Shapes: h, branch (M, N), layer_scale (N,), drop_path_scale (B,) for M / B rows each.
     """
     dtype = torch.promote_types(h.dtype, branch.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return (h.to(wide) + _scaled(branch.to(wide), layer_scale, drop_path_scale)).to(dtype)
+    factor = _of_rows(drop_path_scale, branch)
+    if factor is None:
+        factor = layer_scale
+    elif layer_scale is not None:
+        branch = branch * layer_scale
+    # Product and sum are rounded once, without a copy in fp32.
+    return h + branch if factor is None else torch.addcmul(h, branch, factor).to(dtype)
 
 
 def residual_backward(
@@ -179,18 +243,18 @@ def residual_backward(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of branch and layer_scale, given that of the sum, which is also that of h."""
-    return (
-        _scaled(grad, layer_scale, drop_path_scale),
-        _scaled(grad * branch.to(grad.dtype), None, drop_path_scale).sum(0),
-    )
+    factor = _of_rows(drop_path_scale, branch)
+    scaled = grad if factor is None else grad * factor
+    if layer_scale is None:
+        return scaled, None
+    return scaled * layer_scale, (scaled * branch).sum(0)
 
 
-def _scaled(rows: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
-    if layer_scale is not None:
-        rows = rows * layer_scale.to(rows.dtype)
-    if drop_path_scale is not None and rows.shape[0]:
-        each = rows.shape[0] // drop_path_scale.shape[0]
-        rows = rows * drop_path_scale.to(rows.dtype).repeat_interleave(each).unsqueeze(-1)
-    return rows
+def _of_rows(drop_path_scale: Tensor | None, rows: Tensor) -> Tensor | None:
+    """What stochastic depth multiplies each row by, as a column."""
+    if drop_path_scale is None or not rows.shape[0]:
+        return None
+    each = rows.shape[0] // drop_path_scale.shape[0]
+    return drop_path_scale.repeat_interleave(each).unsqueeze(-1)

@@ -12,6 +12,7 @@ from cases import OPS, SHAPES, STITCHES, Op, Shape, learnt, make, run
 from device import DEVICE
 from judge import assert_as_exact_as_torch
 
+from snkernels import reference
 from snkernels.backends import use_backend
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -50,6 +51,33 @@ def judge(op: Op, tensors: dict[str, torch.Tensor], wanted: tuple[str, ...] | No
 def test_as_exact_as_torch(op: Op, backend: str, shape: Shape, dtype: torch.dtype) -> None:
     skip_what_the_interpreter_gets_wrong(backend, dtype)
     judge(op, make(op, shape, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
+def test_torchs_own_layer_norm(
+    op: Op, shape: Shape, parameter_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the torch backend takes it on a GPU; for half tokens it serves only there."""
+    monkeypatch.setattr(reference, "has_exact_layer_norm", lambda y: True)
+    with use_backend("torch"):
+        tensors = make(op, shape, torch.float32, parameter_dtype)
+        judge(op, tensors)
+        judge(op, {name: t for name, t in tensors.items() if name != "norm_weight"})
+        assert not run(op.call, make(op, Shape(0, 30, 40, 4), torch.float32))["output 0"].numel()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torchs_half_products(
+    op: Op, shape: Shape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the torch backend takes them on a GPU, of tokens and of gradients."""
+    monkeypatch.setattr(reference, "compute_dtype", lambda x: x.dtype)
+    with use_backend("torch"):
+        tensors = make(op, shape, dtype)
+        judge(op, tensors)
+        judge(op, tensors, wanted=tuple(name for name in learnt(tensors) if name != "weight"))
 
 
 @pytest.mark.parametrize(

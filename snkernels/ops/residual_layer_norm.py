@@ -88,24 +88,29 @@ def _torch_backward(
     norm_bias: Tensor | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    grad = total.new_zeros(total.shape, dtype=mean.dtype)
+    grad = grad_sum
     norm_grads: list[Tensor | None] = [None, None]
     if grad_normed is not None:
         grad, *norm_grads = reference.layer_norm_backward(
             grad_normed, total, mean, rstd, norm_weight
         )
-    if grad_sum is not None:
-        grad = grad + grad_sum
+        if grad_sum is not None:
+            grad = grad + grad_sum
+    if grad is None:
+        grad = torch.zeros_like(total)
     grad_branch, grad_layer_scale = reference.residual_backward(
         grad, branch, layer_scale, drop_path_scale
     )
     tensors = (x, branch, layer_scale, norm_weight, norm_bias)
     grads = (grad, grad_branch, grad_layer_scale, *norm_grads)
-    return [
-        g.to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-        for tensor, g, need in zip(tensors, grads, needs, strict=True)
-        if need and tensor is not None and g is not None
-    ]
+    results: list[Tensor] = []
+    for tensor, g, need in zip(tensors, grads, needs, strict=True):
+        if need and tensor is not None and g is not None:
+            own = g.to(tensor.dtype).contiguous()
+            # Outputs of an op must not share memory, nor be its inputs.
+            shared = any(own is other for other in (grad_sum, *results))
+            results.append(own.clone() if shared else own)
+    return results
 
 
 _forward_op = register(
