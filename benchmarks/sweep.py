@@ -72,9 +72,10 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "normalize_rows": {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)},
     "normalize_rows_backward": {
-        "BLOCK_M": (1, 2, 4, 8, 16),
+        "BLOCK_M": (1, 2, 4, 8),
         "num_warps": (2, 4, 8, 16),
-        "CTAS_PER_SM": (1, 2, 3, 4),
+        "CTAS_PER_SM": (1, 2, 3, 4, 6),
+        "STAGES": (1, 3),
     },
     "sum_rows": {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)},
     "sum_partials": {"BLOCK_M": (32, 64, 128), "BLOCK_N": (16, 32, 64), "num_warps": (4, 8)},

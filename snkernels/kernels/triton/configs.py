@@ -117,7 +117,7 @@ def normalize_rows(features: int) -> Config:
 def normalize_rows_backward(features: int) -> Config:
     """For ``residual_layer_norm._normalize_backward_kernel``; CTAS_PER_SM is for its grid."""
     # It holds four tensors and three sums at once: more than 8 values would cost half the warps.
-    return {**_rows(features, 8, 8), "CTAS_PER_SM": 2}
+    return {**_rows(features, 8, 8), "CTAS_PER_SM": 2, "STAGES": 3}
 
 
 def chunk(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> int:
