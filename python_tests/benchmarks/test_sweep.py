@@ -118,8 +118,8 @@ def test_a_record_and_a_table_and_a_status(
     arguments = ["--heuristics", "normalize_rows", "--out", str(tmp_path / "sweep.json")]
     assert sweep.main(arguments, Clock({}, 1e-5)) == 0
     assert "the choice" in capsys.readouterr().out
-    assert sweep.main(arguments, Clock({("num_warps", 2): 0.5e-5}, 1e-5)) == 1
-    assert "warps=2" in (printed := capsys.readouterr().out)
+    assert sweep.main(arguments, Clock({("num_warps", 4): 0.5e-5}, 1e-5)) == 1
+    assert "warps=4" in (printed := capsys.readouterr().out)
     assert "CHANGE IT" in printed
     saved = json.loads((tmp_path / "sweep.json").read_text())
     assert not any(case["holds"] for case in saved["cases"])

@@ -162,9 +162,9 @@ triton.runtime.driver.set_active(report.NoGpu(90))
 warm_up = lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options)
 
 def launch_all(shape, numbers, rows):
-    report.launch_stitches(shape, numbers, rows)
-    with report.by_tma():
-        report.launch_stitches(shape, numbers, rows)
+    for by_tma in (False, True):
+        with report.loads(by_tma):
+            report.launch_stitches(shape, numbers, rows)
     report.launch_groups(shape, numbers, rows, groups=1 + rows % 7)
     report.launch_residual(shape.out_features, numbers, rows)
 

@@ -267,7 +267,7 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
 
     triton.runtime.driver.set_active(NoGpu(arch))
     torch.backends.cuda.matmul.fp32_precision = DTYPES[dtype].precision
-    with launch.launches_go_to(compile_instead):
+    with launch.launches_go_to(compile_instead), loads(by_tma=False):
         for shape in shapes:
             label = str(shape)
             launch_stitches(shape, DTYPES[dtype])
@@ -276,7 +276,7 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
             label = str(width)
             launch_residual(width, DTYPES[dtype])
     if CHIPS[arch].tma:
-        with launch.launches_go_to(compile_if_by_tma), by_tma():
+        with launch.launches_go_to(compile_if_by_tma), loads(by_tma=True):
             for shape in shapes:
                 label = str(shape)
                 launch_stitches(shape, DTYPES[dtype])
@@ -284,9 +284,9 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
 
 
 @contextlib.contextmanager
-def by_tma() -> Iterator[None]:
-    """Lets kernels that can load by TMA do so."""
-    with configs.override("project", TMA=1), configs.override("row", TMA=1):
+def loads(by_tma: bool) -> Iterator[None]:
+    """Lets kernels that can load by TMA do so, or lets none."""
+    with configs.override("project", TMA=int(by_tma)), configs.override("row", TMA=int(by_tma)):
         yield
 
 

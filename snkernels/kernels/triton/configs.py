@@ -2,9 +2,10 @@
 
 There is no autotuner. A configuration follows from widths and dtypes alone, never from the number
 of rows, so that every batch size runs what the first one compiled; :func:`override` replaces values
-for a sweep. The numbers come from the static report (``python -m snkernels.kernels.report``): no
-spills on any chip, two CTAs on an SM of an H100 where that is possible, and at most the shared
-memory that consumer chips have too. They were not timed: nothing here has run on a GPU yet.
+for a sweep. The numbers were chosen by the sweep (``python -m benchmarks.sweep``) of bf16 on an
+H200. For other chips and dtypes they have what the static report asks for (``python -m
+snkernels.kernels.report``), no spills on any chip, and at most the shared memory that consumer
+chips have too.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
 def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_features: int) -> Config:
     """For ``stitch._project_kernel``; TMA: whether that loads where it can, on chips that have it.
 
-    Not until a GPU has timed it; groups load by pointers whatever it says.
+    Groups load by pointers whatever it says.
     """
     if dtype == torch.float32 and precision == "ieee":
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
@@ -67,9 +68,9 @@ def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_feature
     # SM of an H100 in place of two. What that takes from the bytes in flight, a stage gives back.
     block_k = 128 // max(dtype.itemsize, weight.itemsize)
     stages = 4 if weight.itemsize > dtype.itemsize else 3
-    if out_features <= 64:  # the low-rank intermediates, which take less of a chip
-        return _tiles(64, _block(out_features, 64), block_k, num_warps=8, num_stages=stages)
-    return _tiles(128, 128, block_k, num_warps=8, num_stages=stages)
+    if out_features <= 64:  # the low-rank intermediates: small tiles leave room for long ones
+        return _tiles(64, _block(out_features, 64), 2 * block_k, num_warps=8, num_stages=3)
+    return {**_tiles(128, 128, block_k, num_warps=8, num_stages=stages), "TMA": 1}
 
 
 @_overridable
@@ -91,7 +92,7 @@ def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
     """For ``stitch._outer_kernel``; ``width`` is that of its right operand."""
     if dtype == torch.float32 and precision == "ieee":
         return _outer(16, 64, width)
-    return _outer(128 // dtype.itemsize, 128, width)
+    return _outer(128 // dtype.itemsize, 64 if width <= 64 else 128, width)
 
 
 @_overridable
@@ -109,8 +110,8 @@ def sum_partials() -> Config:
 @_overridable
 def normalize_rows(features: int) -> Config:
     """For ``residual_layer_norm._normalize_kernel``."""
-    # 16 values of each tensor to a thread: two loads of 16 bytes in half precision.
-    return _rows(features, 4, 16)
+    # 32 values of each tensor to a thread: four loads of 16 bytes in half precision.
+    return _rows(features, 2, 32)
 
 
 @_overridable
@@ -152,6 +153,7 @@ def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
 
 
 def _outer(block_m: int, block_p: int, width: int) -> Config:
-    # Tiles twice as wide lose asynchronous wgmma under Triton 3.6.
+    # Wide ones take 8 % less time on an H200 with 4 warps, or with tiles twice as wide. But the
+    # first spills on an A100, and the second loses asynchronous wgmma under Triton 3.6.
     blocks = {"BLOCK_M": block_m, "BLOCK_P": block_p, "BLOCK_Q": _block(width, 64)}
     return {**blocks, "num_warps": 8, "num_stages": 3}

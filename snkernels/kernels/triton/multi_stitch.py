@@ -3,8 +3,6 @@
 The projections share the bodies of the single stitch's, but for where a program finds its work and
 its parameters (see ``groups``). All else is the single ops' own kernels, told of the groups. The
 backward is next door, in ``multi_stitch_backward``.
-
-Compiled and interpreted, never run on a GPU yet.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 
 Gradients of one kind are computed for all groups in one buffer, by sums over the chunks of each
 group's rows in a fixed order, and copied from there, as new tensors would have new addresses.
-
-Compiled and interpreted, never run on a GPU yet.
 """
 
 from collections.abc import Sequence

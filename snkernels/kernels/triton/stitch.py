@@ -4,8 +4,6 @@ Two kernels do it all. The projection also gives the low-rank intermediates S = 
 T = s · dy B, in fp32, and dx = dy W + T A, which is a projection by other strides. The outer
 product over rows gives dW = dyᵀ x, dB = dyᵀ S and dAᵀ = xᵀ T, in chunks of rows that are summed
 in a fixed order.
-
-Compiled and interpreted, never run on a GPU yet.
 """
 
 from collections.abc import Sequence

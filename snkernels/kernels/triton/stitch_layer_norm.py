@@ -4,8 +4,6 @@ LN(y) is that of the y which is returned, rounded to its dtype, so that the back
 only that y, belongs to exactly this function. Narrow rows stay in registers from the first product
 to LN(y) (``_row_kernel``). A wide row does not fit one CTA: there y is projected tile by tile,
 and a second pass finds it in L2.
-
-Compiled and interpreted, never run on a GPU yet.
 """
 
 from collections.abc import Sequence
