@@ -73,8 +73,8 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "normalize_rows": {"BLOCK_M": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)},
     "normalize_rows_backward": {
         "BLOCK_M": (1, 2, 4, 8),
-        "num_warps": (2, 4, 8, 16),
-        "CTAS_PER_SM": (1, 2, 3, 4, 6),
+        "num_warps": (1, 2, 4, 8),
+        "CTAS_PER_SM": (1, 2, 3, 4, 8),
         "STAGES": (1, 3),
     },
     "sum_rows": {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)},
@@ -345,7 +345,7 @@ def _normalize_backward(dtype: torch.dtype, rows: int, n: int) -> Case:
         branch_grads = reference.residual_backward(grad, t["branch"], t["layer_scale"], None)
         return [g.to(total.dtype) for g in (grad, *branch_grads, *norm_grads)]
 
-    chosen = configs.normalize_rows_backward(n)
+    chosen = configs.normalize_rows_backward(dtype, n)
     return Case("normalize_rows_backward", f"M{rows} N{n}", chosen, make, call, exact)
 
 

@@ -111,14 +111,21 @@ def sum_partials() -> Config:
 def normalize_rows(features: int) -> Config:
     """For ``residual_layer_norm._normalize_kernel``."""
     # 32 values of each tensor to a thread: four loads of 16 bytes in half precision.
-    return _rows(features, 2, 32)
+    return _rows(features, 1, 2, 32)
 
 
 @_overridable
-def normalize_rows_backward(features: int) -> Config:
+def normalize_rows_backward(dtype: torch.dtype, features: int) -> Config:
     """For ``residual_layer_norm._normalize_backward_kernel``; CTAS_PER_SM is for its grid."""
-    # It holds four tensors and three sums at once: more than 8 values would cost half the warps.
-    return {**_rows(features, 8, 8), "CTAS_PER_SM": 2, "STAGES": 3}
+    config = _rows(features, 2 if features <= 1024 else 1, 1, 16)
+    # Of four tensors the rows of two steps are in shared memory, beside those computed with:
+    # 64 KiB of it. Wider rows come when they are needed.
+    ahead = config["BLOCK_M"] * config["BLOCK_N"] * dtype.itemsize <= 8192
+    config |= {"CTAS_PER_SM": max(1, 8 // config["num_warps"]), "STAGES": 3 if ahead else 1}
+    if config["num_warps"] == 1:
+        # For an A100 the assembler would spill, to make room for more CTAs than the grid has.
+        config["maxnreg"] = 255
+    return config
 
 
 def chunk(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> int:
@@ -133,10 +140,10 @@ def chunk(rows: int, block_m: int, ctas_per_sm: int, device: torch.device) -> in
     return -(-rows // (processors * ctas_per_sm * block_m)) * block_m or block_m
 
 
-def _rows(features: int, warps: int, per_thread: int) -> Config:
-    """Whole rows, ``per_thread`` values to a thread: more rows, or more warps where one is wide."""
+def _rows(features: int, rows: int, warps: int, per_thread: int) -> Config:
+    """So many whole rows, ``per_thread`` values to a thread: more where those are few warps."""
     block_n = _block(features, 1 << 30)
-    warps = min(16, max(warps, block_n // (32 * per_thread)))
+    warps = min(16, max(warps, rows * block_n // (32 * per_thread)))
     block_m = max(1, warps * 32 * per_thread // block_n)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
 

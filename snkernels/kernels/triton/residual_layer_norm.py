@@ -234,7 +234,7 @@ def normalize_rows_backward(
         grad_h, before it is rounded.
     """
     rows, features = total.shape
-    config = configs.normalize_rows_backward(features)
+    config = configs.normalize_rows_backward(total.dtype, features)
     chunk = configs.chunk(rows, config["BLOCK_M"], config.pop("CTAS_PER_SM"), total.device)
     chunks, *found_by = in_chunks(rows, chunk, groups)
     wanted = [dtype for dtype in vectors if dtype is not None]
