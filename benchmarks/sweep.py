@@ -35,7 +35,6 @@ from snkernels.kernels.triton.residual_layer_norm import (
     residual_layer_norm_forward,
 )
 from snkernels.kernels.triton.stitch import outer, project
-from snkernels.kernels.triton.stitch_layer_norm import stitch_layer_norm_forward
 from snkernels.kernels.triton.sums import sum_partials, sum_rows
 from snkernels.progress import progress_bar
 from snkernels.text import aligned
@@ -52,13 +51,6 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_N": (64, 128, 256),
         "BLOCK_K": (32, 64, 128),
         "BLOCK_R": (16, 32, 64),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-        "TMA": (0, 1),
-    },
-    "row": {
-        "BLOCK_K": (32, 64),
-        "BLOCK_R": (16, 32),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
         "TMA": (0, 1),
@@ -228,8 +220,6 @@ def cases(dtype: torch.dtype, images: int) -> Iterator[Case]:
         yield _project(dtype, rows, k, n, r)
     for k, n in ((384, 64), (1024, 64), (1024, 16)):
         yield _project(dtype, rows, k, n, 0)
-    if configs.rows_fit(dtype, 384):
-        yield _row(dtype, rows, 1024, 384, 64)
     for height, width in ((1024, 384), (384, 1024), (1024, 64), (384, 64)):
         yield _outer(dtype, rows, height, width)
     for n in (192, 384, 768, 1024, 1280):
@@ -263,26 +253,6 @@ def _project(dtype: torch.dtype, rows: int, k: int, n: int, r: int) -> Case:
 
     chosen = configs.project(dtype, dtype, "ieee", n)
     return Case("project", f"M{rows} K{k} N{n} r{r}", chosen, make, call, exact)
-
-
-def _row(dtype: torch.dtype, rows: int, k: int, n: int, r: int) -> Case:
-    def make() -> Tensors:
-        tensors = {
-            "x": torch.randn(rows, k),
-            "w": torch.randn(n, k) * k**-0.5,
-            "b": torch.randn(n),
-            "A": torch.randn(r, k) * k**-0.5,
-            "B": torch.randn(n, r),
-        }
-        return _all_in(dtype, tensors)
-
-    def call(t: Tensors) -> Outputs:
-        return stitch_layer_norm_forward(*t.values(), 1.0, None, None, 1e-6)[:2]
-
-    def exact(t: Tensors) -> Outputs:
-        return reference.stitch_layer_norm(*t.values(), 1.0, None, None, 1e-6)[:2]
-
-    return Case("row", f"M{rows} K{k} N{n} r{r}", configs.row(dtype, n), make, call, exact)
 
 
 def _outer(dtype: torch.dtype, rows: int, height: int, width: int) -> Case:

@@ -99,7 +99,6 @@ def test_the_cases_compute_what_they_are_compared_with(dtype: torch.dtype) -> No
     """By the check that a GPU's candidates have to pass, for small shapes in the interpreter."""
     small = (
         sweep._project(dtype, 40, 24, 40, 4),
-        sweep._row(dtype, 40, 24, 40, 4),
         sweep._outer(dtype, 40, 24, 40),
         sweep._normalize(dtype, 40, 24),
         sweep._normalize_backward(dtype, 40, 24),

@@ -205,8 +205,6 @@ def _projected(a: Mapping[str, Any]) -> int:
 MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "_project_kernel": _projected,
     "_project_groups_kernel": _projected,
-    "_row_kernel": _projected,
-    "_row_groups_kernel": _projected,
     "_outer_kernel": lambda a: a["M"] * a["P"] * a["Q"],
 }
 
@@ -286,7 +284,7 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
 @contextlib.contextmanager
 def loads(by_tma: bool) -> Iterator[None]:
     """Lets kernels that can load by TMA do so, or lets none."""
-    with configs.override("project", TMA=int(by_tma)), configs.override("row", TMA=int(by_tma)):
+    with configs.override("project", TMA=int(by_tma)):
         yield
 
 

@@ -74,20 +74,6 @@ def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_feature
 
 
 @_overridable
-def row(weight: torch.dtype, out_features: int) -> Config:
-    """For ``stitch_layer_norm._row_kernel``, where :func:`rows_fit`."""
-    block_n = _block(out_features, 128)
-    tiles = -(-out_features // block_n)
-    block_k = 64 // weight.itemsize
-    return {**_tiles(64, block_n, block_k, num_warps=8, num_stages=4), "TILES": tiles}
-
-
-def rows_fit(dtype: torch.dtype, out_features: int) -> bool:
-    """Whether 64 rows of y fit into the registers of one CTA beside what multiplies them."""
-    return dtype.itemsize == 2 and out_features <= 384
-
-
-@_overridable
 def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
     """For ``stitch._outer_kernel``; ``width`` is that of its right operand."""
     if dtype == torch.float32 and precision == "ieee":

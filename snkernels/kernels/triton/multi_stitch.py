@@ -27,9 +27,8 @@ from snkernels.kernels.triton.groups import (
     of_group,
 )
 from snkernels.kernels.triton.launch import dot_precision, launch
-from snkernels.kernels.triton.norms import store_rows
 from snkernels.kernels.triton.operands import at, operand, store_tile
-from snkernels.kernels.triton.products import project_tiles
+from snkernels.kernels.triton.products import project_tile
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows
 
 
@@ -78,69 +77,17 @@ def _project_groups_kernel(
             terms = tl.where(lacks(w, group), 0, K)
         if low is not None:
             rank = tl.where(lacks(b, group), 0, R)
-        (y,) = project_tiles(
+        y = project_tile(
             x,
             of_group(w, group),
             of_group(bias, group),
             low,
             of_group(b, group),
             *(row, column, end, N, terms, rank, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
-            TILES=1,
         )
         if NARROW:
             y *= tl.load(p_scalings + group).to(tl.float32)
     store_tile(p_y, y, o_m, o_n, end, N)
-
-
-@triton.jit(do_not_specialize=["M", "groups"])
-def _row_groups_kernel(
-    x,
-    w,
-    bias,
-    low,
-    b,
-    gamma,
-    beta,
-    p_y,
-    p_normed,
-    p_mean,
-    p_rstd,
-    p_offsets,
-    M,
-    groups,
-    N,
-    K,
-    R,
-    eps,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Whole rows of y and LN(y), held as TILES tiles of columns. No group is the identity."""
-    group, row, end = find(p_offsets, groups, M, tl.program_id(0), BLOCK_M)
-    if row >= end:
-        return
-    if low is not None:
-        R = tl.where(lacks(b, group), 0, R)
-    tiles = project_tiles(
-        x,
-        of_group(w, group),
-        of_group(bias, group),
-        low,
-        of_group(b, group),
-        *(row, tl.cast(0, tl.int64), end, N, K, R),
-        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TILES),
-    )
-    store_rows(
-        tiles,
-        *(p_y, p_normed, p_mean, p_rstd),
-        of_group(gamma, group),
-        of_group(beta, group),
-        *(row, end, N, eps, BLOCK_M, BLOCK_N, TILES),
-    )
 
 
 def project(
@@ -212,52 +159,8 @@ def multi_stitch_forward(
     if y.numel() == 0:
         return y, normed, mean, rstd
     groups = Groups(x, group_offsets, tensors, scalings, out_features)
-    low = low_rank(groups, x)
-    if normalize and configs.rows_fit(x.dtype, out_features) and not groups.has_identity:
-        _whole_rows(groups, x, low, y, normed, mean, rstd, eps)
-    else:
-        project(groups, x, y, WEIGHT, bias=True, low=low)
-        if normalize:
-            norm = groups.parameter(NORM_WEIGHT), groups.parameter(NORM_BIAS)
-            normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd, groups)
+    project(groups, x, y, WEIGHT, bias=True, low=low_rank(groups, x))
+    if normalize:
+        norm = groups.parameter(NORM_WEIGHT), groups.parameter(NORM_BIAS)
+        normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd, groups)
     return y, normed, mean, rstd
-
-
-def _whole_rows(
-    groups: Groups,
-    x: Tensor,
-    low: Tensor | None,
-    y: Tensor,
-    normed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    eps: float,
-) -> None:
-    weight = groups.parameter(WEIGHT, transposed=True)
-    assert weight is not None
-    config = configs.row(weight.one.data.dtype, y.shape[1])
-    config.pop("TMA")
-    launch(
-        _row_groups_kernel,
-        (groups.tiles(config["BLOCK_M"]),),
-        operand(x),
-        weight,
-        groups.parameter(BIAS),
-        operand(low),
-        groups.parameter(LORA_B, transposed=True),
-        groups.parameter(NORM_WEIGHT),
-        groups.parameter(NORM_BIAS),
-        y,
-        normed,
-        mean,
-        rstd,
-        groups.offsets,
-        y.shape[0],
-        groups.count,
-        y.shape[1],
-        x.shape[1],
-        groups.rank,
-        eps,
-        PRECISION=dot_precision(x.dtype),
-        **config,
-    )

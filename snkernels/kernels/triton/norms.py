@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from snkernels.kernels.triton.operands import store_tile
-
 
 @triton.jit
 def normalize(y, m_n, N, eps):
@@ -42,45 +40,3 @@ def normalize_backward(weighted, y, mean, rstd, mask, N):
     along_mean, along_normalized = tl.split(tl.sum(tl.join(weighted, weighted * normalized), 1) / N)
     grad = weighted - along_mean[:, None] - normalized * along_normalized[:, None]
     return rstd[:, None] * grad, normalized
-
-
-@triton.jit
-def store_rows(
-    tiles,
-    p_y,
-    p_normed,
-    p_mean,
-    p_rstd,
-    gamma,
-    beta,
-    row,
-    M,
-    N,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Stores BLOCK_M whole rows of y from ``row`` on, held as tiles, of LN(y), its statistics."""
-    dtype = p_y.dtype.element_ty
-    o_m = row + tl.arange(0, BLOCK_M)
-    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
-    y = ()
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(TILES):
-        y += (tiles[i].to(dtype),)
-        # Columns past the last hold zeros: weight and bias are zero there.
-        total += tl.sum(y[i].to(tl.float32), 1)
-        store_tile(p_y, y[i], o_m, o_n + i * BLOCK_N, M, N)
-    mean = total / N
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(TILES):
-        centred = y[i].to(tl.float32) - mean[:, None]
-        squares += tl.sum(tl.where(o_n[None, :] + i * BLOCK_N < N, centred * centred, 0.0), 1)
-    rstd = tl.rsqrt(squares / N + eps)
-    tl.store(p_mean + o_m, mean, mask=o_m < M)
-    tl.store(p_rstd + o_m, rstd, mask=o_m < M)
-    for i in tl.static_range(TILES):
-        normed = (y[i].to(tl.float32) - mean[:, None]) * rstd[:, None]
-        normed = affine(normed, gamma, beta, o_n + i * BLOCK_N, N)
-        store_tile(p_normed, normed, o_m, o_n + i * BLOCK_N, M, N)

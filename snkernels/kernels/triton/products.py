@@ -12,7 +12,7 @@ from snkernels.kernels.triton.operands import at, described, operand
 
 
 def factors(x: Tensor, weight: Tensor, config: Config) -> tuple[Any, Any, dict[str, Any]]:
-    """The factors of x weightᵀ as :func:`project_tiles` takes them, and the options of its kernel.
+    """The factors of x weightᵀ as :func:`project_tile` takes them, and the options of its kernel.
 
     They come as descriptors where ``config`` asks for TMA and both can, or else as operands.
     """
@@ -30,7 +30,7 @@ def factors(x: Tensor, weight: Tensor, config: Config) -> tuple[Any, Any, dict[s
 
 
 @triton.jit
-def project_tiles(
+def project_tile(
     x,
     w,
     bias,
@@ -47,20 +47,20 @@ def project_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TILES: tl.constexpr,
     TMA: tl.constexpr = 0,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """BLOCK_M rows of x w + low b + bias from ``row`` on, TILES tiles of columns from ``column``.
+    """The tile of x w + low b + bias that begins at ``row`` and ``column``, both int64.
 
     x (M, K), w (K, N), bias (N,), low (M, R) in fp32 and b (R, N) are operands, of which bias and
     low may be None, and low has adjacent columns; with TMA, x and w are descriptors, that of w one
-    of wᵀ if TRANSPOSED. Products are in the dtype of x. ``row`` and ``column`` are int64.
+    of wᵀ if TRANSPOSED. Products are in the dtype of x.
     """
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K).to(tl.int64)
     m_m = o_m[:, None] < M
+    m_n = o_n[None, :] < N
     dtype: tl.constexpr = x.dtype if TMA else x.data.dtype.element_ty
     if TMA:
         first_m = row.to(tl.int32)
@@ -70,55 +70,32 @@ def project_tiles(
         p_w = at(w, o_k, o_n)
         step_x = tl.cast(x.strides[1], tl.int64) * BLOCK_K
         step_w = tl.cast(w.strides[0], tl.int64) * BLOCK_K
-        tile_w = tl.cast(w.strides[1], tl.int64) * BLOCK_N
-    tiles = ()
-    for _ in tl.static_range(TILES):
-        tiles += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        m_k = o_k < K - k
         if TMA:
             x_tile = x.load([first_m, k])
+            w_tile = w.load([first_n, k]).T if TRANSPOSED else w.load([k, first_n])
         else:
+            m_k = o_k < K - k
             x_tile = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+            w_tile = tl.load(p_w, mask=m_k[:, None] & m_n, other=0.0)
             p_x += step_x
-        sums = ()
-        for i in tl.static_range(TILES):
-            if not TMA:
-                m_w = m_k[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-                w_tile = tl.load(p_w + i * tile_w, mask=m_w, other=0.0)
-            elif TRANSPOSED:
-                w_tile = w.load([first_n + i * BLOCK_N, k]).T
-            else:
-                w_tile = w.load([k, first_n + i * BLOCK_N])
-            sums += (dot(tiles[i], x_tile, w_tile.to(dtype), PRECISION),)
-        tiles = sums
-        if not TMA:
             p_w += step_w
+        y = dot(y, x_tile, w_tile.to(dtype), PRECISION)
 
     if low is not None:
         o_r = tl.arange(0, BLOCK_R).to(tl.int64)
         p_low = at(low, o_m, o_r)
         p_b = at(b, o_r, o_n)
         step_b = tl.cast(b.strides[0], tl.int64) * BLOCK_R
-        tile_b = tl.cast(b.strides[1], tl.int64) * BLOCK_N
         for r in range(0, R, BLOCK_R):
             m_r = o_r < R - r
             low_tile = tl.load(p_low, mask=m_m & m_r[None, :], other=0.0)
-            sums = ()
-            for i in tl.static_range(TILES):
-                m_b = m_r[:, None] & (o_n[None, :] < N - i * BLOCK_N)
-                b_tile = tl.load(p_b + i * tile_b, mask=m_b, other=0.0).to(dtype)
-                sums += (dot_wide_left(tiles[i], low_tile, b_tile, PRECISION),)
-            tiles = sums
+            b_tile = tl.load(p_b, mask=m_r[:, None] & m_n, other=0.0).to(dtype)
+            y = dot_wide_left(y, low_tile, b_tile, PRECISION)
             p_low += tl.cast(BLOCK_R, tl.int64)
             p_b += step_b
-
-    if bias is not None:
-        sums = ()
-        for i in tl.static_range(TILES):
-            sums += (tiles[i] + columns(bias, o_n + i * BLOCK_N, N, 0.0),)
-        tiles = sums
-    return tiles
+    return y + columns(bias, o_n, N, 0.0)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.groups import Groups, in_chunks, rows_of
 from snkernels.kernels.triton.launch import dot_precision, launch
 from snkernels.kernels.triton.operands import Operand, at, operand, store_tile
-from snkernels.kernels.triton.products import dot, dot_wide_right, factors, project_tiles
+from snkernels.kernels.triton.products import dot, dot_wide_right, factors, project_tile
 from snkernels.kernels.triton.sums import column_sums, sum_chunks
 
 
@@ -48,9 +48,9 @@ def _project_kernel(
     pid = tl.program_id(0)
     row = (pid // blocks_n).to(tl.int64) * BLOCK_M
     column = (pid % blocks_n).to(tl.int64) * BLOCK_N
-    (y,) = project_tiles(
+    y = project_tile(
         *(x, w, bias, low, b, row, column, M, N, K, R),
-        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, 1, TMA, TRANSPOSED),
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TMA, TRANSPOSED),
     )
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
