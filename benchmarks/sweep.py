@@ -30,6 +30,7 @@ from python_tests.judge import assert_as_exact_as_torch
 from snkernels import reference
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.configs import Config
+from snkernels.kernels.triton.merge import merged
 from snkernels.kernels.triton.residual_layer_norm import (
     residual_layer_norm_backward,
     residual_layer_norm_forward,
@@ -50,10 +51,16 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_M": (64, 128),
         "BLOCK_N": (64, 128, 256),
         "BLOCK_K": (32, 64, 128),
-        "BLOCK_R": (16, 32, 64),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
         "TMA": (0, 1),
+    },
+    "merge": {
+        "BLOCK_N": (32, 64, 128),
+        "BLOCK_K": (32, 64, 128),
+        "BLOCK_R": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3),
     },
     "outer": {
         "BLOCK_M": (32, 64, 128),
@@ -216,10 +223,10 @@ class OnGpu:
 def cases(dtype: torch.dtype, images: int) -> Iterator[Case]:
     """Every heuristic at the paper's shapes, 197 tokens to an image."""
     rows = images * TOKENS
-    for k, n, r in ((384, 1024, 64), (1024, 384, 64), (384, 768, 64), (384, 1024, 0)):
-        yield _project(dtype, rows, k, n, r)
-    for k, n in ((384, 64), (1024, 64), (1024, 16)):
-        yield _project(dtype, rows, k, n, 0)
+    for k, n in ((384, 1024), (1024, 384), (384, 768), (384, 64), (1024, 64), (1024, 16)):
+        yield _project(dtype, rows, k, n)
+    for r in (16, 64, 128):
+        yield _merge(dtype, 384, 1024, r)
     for height, width in ((1024, 384), (384, 1024), (1024, 64), (384, 64)):
         yield _outer(dtype, rows, height, width)
     for n in (192, 384, 768, 1024, 1280):
@@ -234,25 +241,37 @@ def _all_in(dtype: torch.dtype, tensors: Tensors) -> Tensors:
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _project(dtype: torch.dtype, rows: int, k: int, n: int, r: int) -> Case:
+def _project(dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
     def make() -> Tensors:
-        tensors = {"x": torch.randn(rows, k), "w": torch.randn(n, k) * k**-0.5}
-        tensors = _all_in(dtype, tensors | ({"B": torch.randn(n, r)} if r else {}))
-        # x Aᵀ is a product of another width, with a choice and a case of its own.
-        return tensors | ({"low": torch.randn(rows, r)} if r else {})
+        return _all_in(dtype, {"x": torch.randn(rows, k), "w": torch.randn(n, k) * k**-0.5})
 
     def call(t: Tensors) -> Outputs:
         y = torch.empty(rows, n, dtype=t["x"].dtype, device=t["x"].device)
-        return [project(t["x"], t["w"], y, None, t.get("low"), t.get("B"))]
+        return [project(t["x"], t["w"], y)]
 
-    def exact(t: Tensors) -> Outputs:
-        y = t["x"] @ t["w"].t()
-        if r:
-            y = y + (t["low"].to(y.dtype) @ t["B"].t())
-        return [y]
+    return Case(
+        "project",
+        f"M{rows} K{k} N{n}",
+        configs.project(dtype, dtype, "ieee", n),
+        make,
+        call,
+        lambda t: [t["x"] @ t["w"].t()],
+    )
 
-    chosen = configs.project(dtype, dtype, "ieee", n)
-    return Case("project", f"M{rows} K{k} N{n} r{r}", chosen, make, call, exact)
+
+def _merge(dtype: torch.dtype, k: int, n: int, r: int) -> Case:
+    def make() -> Tensors:
+        factors = {"A": torch.randn(r, k) * k**-0.5, "B": torch.randn(n, r)}
+        return _all_in(dtype, {"w": torch.randn(n, k) * k**-0.5} | factors)
+
+    return Case(
+        "merge",
+        f"K{k} N{n} r{r}",
+        configs.merge(dtype, "ieee", r),
+        make,
+        lambda t: [merged(t["w"], t["w"], t["A"], t["B"], 0.25)],
+        lambda t: [t["w"] + 0.25 * (t["B"] @ t["A"])],
+    )
 
 
 def _outer(dtype: torch.dtype, rows: int, height: int, width: int) -> Case:

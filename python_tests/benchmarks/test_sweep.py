@@ -98,7 +98,8 @@ def test_every_heuristic_is_swept_and_every_value_is_one_that_it_has() -> None:
 def test_the_cases_compute_what_they_are_compared_with(dtype: torch.dtype) -> None:
     """By the check that a GPU's candidates have to pass, for small shapes in the interpreter."""
     small = (
-        sweep._project(dtype, 40, 24, 40, 4),
+        sweep._project(dtype, 40, 24, 40),
+        sweep._merge(dtype, 24, 40, 4),
         sweep._outer(dtype, 40, 24, 40),
         sweep._normalize(dtype, 40, 24),
         sweep._normalize_backward(dtype, 40, 24),

@@ -196,15 +196,12 @@ class Build:
     launches: list[Launch] = field(default_factory=list)
 
 
-def _projected(a: Mapping[str, Any]) -> int:
-    return int(a["M"] * a["N"] * (a["K"] + (0 if a["low"] is None else a["R"])))
-
-
 # Multiply-adds of a launch by its named arguments, twice that in FLOPs; other kernels only move
 # bytes. A kernel that multiplies must use the tensor cores, but in exact fp32.
 MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "_project_kernel": _projected,
-    "_project_groups_kernel": _projected,
+    "_merge_kernel": lambda a: a["groups"] * a["N"] * a["K"] * (0 if a["a"] is None else a["R"]),
+    "_project_kernel": lambda a: a["M"] * a["N"] * a["K"],
+    "_project_groups_kernel": lambda a: a["M"] * a["N"] * a["K"],
     "_outer_kernel": lambda a: a["M"] * a["P"] * a["Q"],
 }
 
@@ -251,9 +248,11 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
         with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
             knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
             compiled = kernel.warmup(*args, grid=grid, **options)
-        if compiled.hash not in found:
-            found[compiled.hash] = _build(kernel, arch, dtype, options, compiled, log.getvalue())
         launched = _launch(kernel, args, label, arch, dtype)
+        if compiled.hash not in found:
+            found[compiled.hash] = _build(
+                kernel, arch, dtype, options, compiled, log.getvalue(), launched.flops > 0
+            )
         if launched not in found[compiled.hash].launches:
             found[compiled.hash].launches.append(launched)
 
@@ -396,7 +395,13 @@ def _bytes(argument: Any, groups: int) -> int:
 
 
 def _build(
-    kernel: Any, arch: int, dtype: str, options: Mapping[str, Any], compiled: Any, log: str
+    kernel: Any,
+    arch: int,
+    dtype: str,
+    options: Mapping[str, Any],
+    compiled: Any,
+    log: str,
+    multiplies: bool,
 ) -> Build:
     ptx, ttir = compiled.asm["ptx"], compiled.asm["ttir"]
     registers = int(_found(r"Used (\d+) registers", log))
@@ -416,7 +421,7 @@ def _build(
         serialised="C7515" in log,
         narrow_addresses=len(re.findall(r"tt\.addptr .*, (?:tensor<[x\d]*)?i32\b", ttir)),
         ctas_per_sm=CHIPS[arch].ctas_per_sm(compiled.metadata.num_warps, registers, shared),
-        multiplies=kernel.fn.__name__ in MULTIPLY_ADDS,
+        multiplies=multiplies,
     )
 
 

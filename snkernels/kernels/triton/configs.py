@@ -64,13 +64,21 @@ def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_feature
     """
     if dtype == torch.float32 and precision == "ieee":
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=3)
-    # Of a weight that a kernel casts, two tiles are in shared memory: at full width one CTA on an
-    # SM of an H100 in place of two. What that takes from the bytes in flight, a stage gives back.
+    # Of an A or B that the kernel casts, two tiles are in shared memory.
     block_k = 128 // max(dtype.itemsize, weight.itemsize)
-    stages = 4 if weight.itemsize > dtype.itemsize else 3
     if out_features <= 64:  # the low-rank intermediates: small tiles leave room for long ones
         return _tiles(64, _block(out_features, 64), 2 * block_k, num_warps=8, num_stages=3)
-    return {**_tiles(128, 128, block_k, num_warps=8, num_stages=stages), "TMA": 1}
+    return {**_tiles(128, 128, block_k, num_warps=8, num_stages=3), "TMA": 1}
+
+
+@_overridable
+def merge(dtype: torch.dtype, precision: str, rank: int) -> Config:
+    """For ``merge._merge_kernel``."""
+    if dtype == torch.float32 and precision == "ieee":
+        blocks = {"BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_R": 16}
+    else:
+        blocks = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": _block(rank, 128 // dtype.itemsize)}
+    return {**blocks, "num_warps": 4, "num_stages": 2}
 
 
 @_overridable
@@ -140,8 +148,7 @@ def _block(size: int, largest: int) -> int:
 
 
 def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
-    # 16 columns of the low-rank part at a time: the registers of more would cost occupancy.
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "BLOCK_R": 16}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     return {**blocks, **options, "TMA": 0}
 
 

@@ -17,16 +17,16 @@ from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.groups import (
     BIAS,
     LORA_A,
-    LORA_B,
     NORM_BIAS,
     NORM_WEIGHT,
-    WEIGHT,
     Groups,
+    Parameter,
     find,
     lacks,
     of_group,
 )
 from snkernels.kernels.triton.launch import dot_precision, launch
+from snkernels.kernels.triton.merge import merged_of_groups
 from snkernels.kernels.triton.operands import at, operand, store_tile
 from snkernels.kernels.triton.products import project_tile
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows
@@ -37,8 +37,6 @@ def _project_groups_kernel(
     x,
     w,
     bias,
-    low,
-    b,
     p_y,
     p_offsets,
     p_scalings,
@@ -46,16 +44,14 @@ def _project_groups_kernel(
     groups,
     N,
     K,
-    R,
     NARROW: tl.constexpr,
     IDENTITY: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):
-    """One tile of y = x w + low b + bias. IDENTITY: or of x itself where a group has no w.
+    """One tile of y = x w + bias. IDENTITY: or of x itself where a group has no w.
 
     NARROW: of y = scaling · x w instead, or of zeros.
     """
@@ -71,19 +67,15 @@ def _project_groups_kernel(
         mask = (o_m[:, None] < end) & (o_n[None, :] < N)
         y = tl.load(at(x, o_m, o_n), mask=mask, other=0.0).to(tl.float32)
     else:
-        # By names of their own: a size of 1 is a constant, which a branch cannot make a tensor.
-        terms, rank = K, R
+        # By a name of its own: a size of 1 is a constant, which a branch cannot make a tensor.
+        terms = K
         if NARROW:
             terms = tl.where(lacks(w, group), 0, K)
-        if low is not None:
-            rank = tl.where(lacks(b, group), 0, R)
         y = project_tile(
             x,
             of_group(w, group),
             of_group(bias, group),
-            low,
-            of_group(b, group),
-            *(row, column, end, N, terms, rank, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R),
+            *(row, column, end, N, terms, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
         )
         if NARROW:
             y *= tl.load(p_scalings + group).to(tl.float32)
@@ -94,21 +86,17 @@ def project(
     groups: Groups,
     x: Tensor,
     y: Tensor,
-    role: int,
+    w: Parameter | None,
     *,
-    transposed: bool = False,
-    bias: bool = False,
-    low: Tensor | None = None,
+    bias: Parameter | None = None,
+    narrow: bool = False,
 ) -> Tensor:
-    """Fills y with x wᵀ for a role's w, or with x w if transposed, and returns it.
+    """Fills y with x w + bias, and returns it; with scaling · x w if ``narrow``.
 
-    For A and B the result is scaled, for W the rest is added: the bias, and ``low`` times what
-    belongs to it, B or, if transposed, Aᵀ.
+    Of a group without w it gets x, or zeros if ``narrow``.
     """
-    w = groups.parameter(role, not transposed)
     if w is None:  # all groups are the identity
         return y.copy_(x)
-    b = None if low is None else groups.parameter(LORA_A if transposed else LORA_B, not transposed)
     features = y.shape[1]
     precision = dot_precision(x.dtype)
     config = configs.project(x.dtype, w.one.data.dtype, precision, features)
@@ -118,9 +106,7 @@ def project(
         (groups.tiles(config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"]),),
         operand(x),
         w,
-        groups.parameter(BIAS) if bias else None,
-        operand(low),
-        b,
+        bias,
         y,
         groups.offsets,
         groups.scalings,
@@ -128,21 +114,18 @@ def project(
         groups.count,
         features,
         x.shape[1],
-        groups.rank,
-        NARROW=role != WEIGHT,
-        IDENTITY=role == WEIGHT and groups.has_identity,
+        NARROW=narrow,
+        IDENTITY=not narrow and groups.has_identity,
         PRECISION=precision,
         **config,
     )
     return y
 
 
-def low_rank(groups: Groups, x: Tensor, role: int = LORA_A) -> Tensor | None:
+def low_rank(groups: Groups, x: Tensor, role: int = LORA_A) -> Tensor:
     """S = scaling · x Aᵀ, or scaling · x B of B: (M, largest rank) in fp32."""
-    if groups.rank == 0:
-        return None
     low = torch.empty((x.shape[0], groups.rank), dtype=torch.float32, device=x.device)
-    return project(groups, x, low, role, transposed=role == LORA_B)
+    return project(groups, x, low, groups.parameter(role, role == LORA_A), narrow=True)
 
 
 def multi_stitch_forward(
@@ -159,7 +142,8 @@ def multi_stitch_forward(
     if y.numel() == 0:
         return y, normed, mean, rstd
     groups = Groups(x, group_offsets, tensors, scalings, out_features)
-    project(groups, x, y, WEIGHT, bias=True, low=low_rank(groups, x))
+    w = merged_of_groups(groups, x, transposed=True)
+    project(groups, x, y, w, bias=groups.parameter(BIAS))
     if normalize:
         norm = groups.parameter(NORM_WEIGHT), groups.parameter(NORM_BIAS)
         normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd, groups)

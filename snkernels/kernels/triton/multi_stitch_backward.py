@@ -18,6 +18,7 @@ from snkernels.kernels.triton.groups import (
     WEIGHT,
     Groups,
 )
+from snkernels.kernels.triton.merge import merged_of_groups
 from snkernels.kernels.triton.multi_stitch import low_rank, project
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows_backward
 from snkernels.kernels.triton.stitch import outer
@@ -67,20 +68,18 @@ def multi_stitch_backward(
         )
         found.update(zip((role for role, dtype in vectors.items() if dtype), sums, strict=True))
     need_A, need_B = needed(LORA_A), needed(LORA_B)
-    low_grad = low_rank(groups, grad, LORA_B) if needs[0] or need_A else None
     if dtype := needed(WEIGHT):
         found[WEIGHT] = outer(grad, x, dtype, groups=groups)
-    if need_A and low_grad is not None:
+    if need_A:
+        low_grad = low_rank(groups, grad, LORA_B)
         found[LORA_A] = outer(x, low_grad, need_A, transposed=True, groups=groups)
     if need_B:
-        low = low_rank(groups, x)
-        assert low is not None
-        found[LORA_B] = outer(grad, low, need_B, groups=groups)
+        found[LORA_B] = outer(grad, low_rank(groups, x), need_B, groups=groups)
 
     grads: list[Tensor] = []
     if needs[0]:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grads.append(project(groups, grad, grad_x, WEIGHT, transposed=True, low=low_grad))
+        grads.append(project(groups, grad, grad_x, merged_of_groups(groups, grad)))
     own: list[Tensor] = []
     stacked: list[Tensor] = []
     for i, (tensor, need) in enumerate(zip(tensors, needs[1:], strict=True)):

@@ -34,27 +34,22 @@ def project_tile(
     x,
     w,
     bias,
-    low,
-    b,
     row,
     column,
     M,
     N,
     K,
-    R,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     TMA: tl.constexpr = 0,
     TRANSPOSED: tl.constexpr = False,
 ):
-    """The tile of x w + low b + bias that begins at ``row`` and ``column``, both int64.
+    """The tile of x w + bias that begins at ``row`` and ``column``, both int64.
 
-    x (M, K), w (K, N), bias (N,), low (M, R) in fp32 and b (R, N) are operands, of which bias and
-    low may be None, and low has adjacent columns; with TMA, x and w are descriptors, that of w one
-    of wᵀ if TRANSPOSED. Products are in the dtype of x.
+    x (M, K), w (K, N) and bias (N,), which may be None, are operands; with TMA, x and w are
+    descriptors, that of w one of wᵀ if TRANSPOSED. Products are in the dtype of x.
     """
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
@@ -82,19 +77,6 @@ def project_tile(
             p_x += step_x
             p_w += step_w
         y = dot(y, x_tile, w_tile.to(dtype), PRECISION)
-
-    if low is not None:
-        o_r = tl.arange(0, BLOCK_R).to(tl.int64)
-        p_low = at(low, o_m, o_r)
-        p_b = at(b, o_r, o_n)
-        step_b = tl.cast(b.strides[0], tl.int64) * BLOCK_R
-        for r in range(0, R, BLOCK_R):
-            m_r = o_r < R - r
-            low_tile = tl.load(p_low, mask=m_m & m_r[None, :], other=0.0)
-            b_tile = tl.load(p_b, mask=m_r[:, None] & m_n, other=0.0).to(dtype)
-            y = dot_wide_left(y, low_tile, b_tile, PRECISION)
-            p_low += tl.cast(BLOCK_R, tl.int64)
-            p_b += step_b
     return y + columns(bias, o_n, N, 0.0)
 
 
@@ -114,37 +96,26 @@ def dot(acc, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot_wide_left(acc, wide, narrow, PRECISION: tl.constexpr):
-    """Adds wide · narrow, where wide is fp32 and loses nothing; narrow is fp32 or half."""
-    if narrow.dtype == tl.float32:
-        acc = dot(acc, wide, narrow, PRECISION)
-    else:
-        high, rest, unit = _split(wide, 1, narrow.dtype)
-        acc = tl.dot(rest, narrow, tl.dot(high, narrow, acc / unit)) * unit
-    return acc
-
-
-@triton.jit
-def dot_wide_right(acc, narrow, wide, PRECISION: tl.constexpr):
-    """Adds narrow · wide, as :func:`dot_wide_left` does."""
+def dot_wide(acc, narrow, wide, PRECISION: tl.constexpr):
+    """Adds narrow · wide, where wide is fp32 and loses nothing; narrow is fp32 or half."""
     if narrow.dtype == tl.float32:
         acc = dot(acc, narrow, wide, PRECISION)
     else:
-        high, rest, unit = _split(wide, 0, narrow.dtype)
+        high, rest, unit = _split(wide, narrow.dtype)
         acc = tl.dot(narrow, rest, tl.dot(narrow, high, acc / unit)) * unit
     return acc
 
 
 @triton.jit
-def _split(wide, axis: tl.constexpr, dtype: tl.constexpr):
+def _split(wide, dtype: tl.constexpr):
     """Makes (high, rest, unit) with wide = (high + rest) · unit, the first two of a half dtype.
 
-    ``unit`` is one power of two for each line along the contracted axis. It brings any fp32 range
-    into that of fp16; bf16 has that of fp32 already.
+    ``unit`` is one power of two for each column. It brings any fp32 range into that of fp16; bf16
+    has that of fp32 already.
     """
     if dtype == tl.float16:
         # The floor keeps acc / unit finite; what lies so far below it cannot show in fp16.
-        peak = tl.maximum(tl.max(tl.abs(wide), axis, keep_dims=True), 1e-12)
+        peak = tl.maximum(tl.max(tl.abs(wide), 0, keep_dims=True), 1e-12)
         exponent = peak.to(tl.int32, bitcast=True) & 0x7F800000
         unit = exponent.to(tl.float32, bitcast=True) * 2.0**-14
         wide /= unit

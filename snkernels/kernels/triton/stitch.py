@@ -1,9 +1,9 @@
-"""``stitch`` in Triton: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ and its gradients.
+"""``stitch`` in Triton: y = x W'ᵀ + b with W' = W + s · B A, and its gradients.
 
-Two kernels do it all. The projection also gives the low-rank intermediates S = s · x Aᵀ and
-T = s · dy B, in fp32, and dx = dy W + T A, which is a projection by other strides. The outer
-product over rows gives dW = dyᵀ x, dB = dyᵀ S and dAᵀ = xᵀ T, in chunks of rows that are summed
-in a fixed order.
+Two kernels do it all, beside the one that merges W'. The projection gives y, dx = dy W' by other
+strides, and for dB and dA the low-rank intermediates S = s · x Aᵀ and T = s · dy B, in fp32. The
+outer product over rows gives dW = dyᵀ x, dB = dyᵀ S and dAᵀ = xᵀ T, in chunks of rows that are
+summed in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ from torch import Tensor
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.groups import Groups, in_chunks, rows_of
 from snkernels.kernels.triton.launch import dot_precision, launch
+from snkernels.kernels.triton.merge import merged
 from snkernels.kernels.triton.operands import Operand, at, operand, store_tile
-from snkernels.kernels.triton.products import dot, dot_wide_right, factors, project_tile
+from snkernels.kernels.triton.products import dot, dot_wide, factors, project_tile
 from snkernels.kernels.triton.sums import column_sums, sum_chunks
 
 
@@ -26,31 +27,27 @@ def _project_kernel(
     x,
     w,
     bias,
-    low,
-    b,
     p_y,
     M,
     N,
     K,
-    R,
     scaling,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     TMA: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """One tile of y = scaling · (x w + low b + bias)."""
+    """One tile of y = scaling · (x w + bias)."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     # Tiles of the same rows run side by side, so that x comes from L2 all but once.
     pid = tl.program_id(0)
     row = (pid // blocks_n).to(tl.int64) * BLOCK_M
     column = (pid % blocks_n).to(tl.int64) * BLOCK_N
     y = project_tile(
-        *(x, w, bias, low, b, row, column, M, N, K, R),
-        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, TMA, TRANSPOSED),
+        *(x, w, bias, row, column, M, N, K),
+        *(PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, TMA, TRANSPOSED),
     )
     o_m = row + tl.arange(0, BLOCK_M)
     o_n = column + tl.arange(0, BLOCK_N)
@@ -98,7 +95,7 @@ def _outer_kernel(
         left_tile = tl.load(p_left, mask=m_p[:, None] & m_m[None, :], other=0.0)
         right_tile = tl.load(p_right, mask=m_m[:, None] & m_q[None, :], other=0.0)
         if right_tile.dtype == tl.float32:
-            acc = dot_wide_right(acc, left_tile, right_tile, PRECISION)
+            acc = dot_wide(acc, left_tile, right_tile, PRECISION)
         else:
             acc = dot(acc, left_tile, right_tile.to(left_tile.dtype), PRECISION)
         p_left += step_left
@@ -112,13 +109,11 @@ def project(
     weight: Tensor,
     y: Tensor,
     bias: Tensor | None = None,
-    low: Tensor | None = None,
-    lora_B: Tensor | None = None,
     scaling: float = 1.0,
 ) -> Tensor:
-    """Fills y, (M, N), with scaling · (x weightᵀ + low lora_Bᵀ + bias), and returns it.
+    """Fills y, (M, N), with scaling · (x weightᵀ + bias), and returns it.
 
-    Products are in the dtype of x, sums and ``low``, (M, r), in fp32.
+    Products are in the dtype of x, sums in fp32.
     """
     (rows, in_features), out_features = x.shape, weight.shape[0]
     precision = dot_precision(x.dtype)
@@ -131,13 +126,10 @@ def project(
         by_x,
         by_w,
         operand(bias),
-        operand(low),
-        operand(lora_B, transposed=True),
         y,
         rows,
         out_features,
         in_features,
-        0 if low is None else low.shape[1],
         scaling,
         PRECISION=precision,
         **options,
@@ -145,19 +137,8 @@ def project(
     return y
 
 
-def like(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight in the dtype of x: under autocast it is an fp32 one.
-
-    Cast in every tile it would pass through registers on its way to the tensor cores and take
-    shared memory twice, which costs tiles of half the width (``configs.project``).
-    """
-    return weight.to(x.dtype)
-
-
-def low_rank(x: Tensor, lora_A: Tensor | None, scaling: float) -> Tensor | None:
-    """S = scaling · x Aᵀ, (M, r) in fp32; None without a low-rank part."""
-    if lora_A is None:
-        return None
+def low_rank(x: Tensor, lora_A: Tensor, scaling: float) -> Tensor:
+    """S = scaling · x Aᵀ, (M, r) in fp32."""
     low = torch.empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32, device=x.device)
     return project(x, lora_A, low, scaling=scaling)
 
@@ -210,7 +191,7 @@ def stitch_forward(
 ) -> Tensor:
     """See :func:`snkernels.reference.stitch`."""
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    return project(x, like(x, weight), y, bias, low_rank(x, lora_A, scaling), lora_B)
+    return project(x, merged(x, weight, lora_A, lora_B, scaling), y, bias)
 
 
 def stitch_backward(
@@ -226,22 +207,17 @@ def stitch_backward(
     """See :func:`snkernels.reference.stitch_backward`."""
     need_x, need_weight, need_bias, need_A, need_B = needs
     grads = []
-    low_grad = None
-    if lora_B is not None and (need_x or need_A):
-        low_grad = low_rank(grad_y, lora_B.t(), scaling)
     if need_x:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        transposed_A = None if lora_A is None else lora_A.t()
-        weight_rows = like(grad_y, weight).t()
-        grads.append(project(grad_y, weight_rows, grad_x, None, low_grad, transposed_A))
+        by_rows = merged(grad_y, weight, lora_A, lora_B, scaling).t()
+        grads.append(project(grad_y, by_rows, grad_x))
     if need_weight:
         grads.append(outer(grad_y, x, weight.dtype))
     if need_bias and bias is not None:
         grads.append(column_sums(grad_y, bias.dtype))
-    if need_A and lora_A is not None and low_grad is not None:
+    if need_A and lora_A is not None and lora_B is not None:
+        low_grad = low_rank(grad_y, lora_B.t(), scaling)
         grads.append(outer(x, low_grad, lora_A.dtype, transposed=True))
-    if need_B and lora_B is not None:
-        low = low_rank(x, lora_A, scaling)
-        assert low is not None
-        grads.append(outer(grad_y, low, lora_B.dtype))
+    if need_B and lora_A is not None and lora_B is not None:
+        grads.append(outer(grad_y, low_rank(x, lora_A, scaling), lora_B.dtype))
     return grads

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from snkernels.kernels.native import norm_outputs
+from snkernels.kernels.triton.merge import merged
 from snkernels.kernels.triton.operands import operand
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows, normalize_rows_backward
-from snkernels.kernels.triton.stitch import like, low_rank, project, stitch_backward
+from snkernels.kernels.triton.stitch import project, stitch_backward
 
 
 def stitch_layer_norm_forward(
@@ -29,7 +30,7 @@ def stitch_layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, LN(y), mean, 1/σ); see :func:`snkernels.reference.stitch` and ``layer_norm``."""
     y, normed, mean, rstd = norm_outputs(x, weight.shape[0])
-    project(x, like(x, weight), y, bias, low_rank(x, lora_A, scaling), lora_B)
+    project(x, merged(x, weight, lora_A, lora_B, scaling), y, bias)
     norm = operand(norm_weight), operand(norm_bias)
     normalize_rows(y, None, None, None, *norm, eps, None, normed, mean, rstd)
     return y, normed, mean, rstd
