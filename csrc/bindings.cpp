@@ -232,35 +232,39 @@ void bind_cuda(py::module_& m) {
     return view_of(name, tensor, rows, cols, false);
   }, "What the functions below are told of a tensor.");
   m.def("cuda_device_count", &device_count, "Devices that the driver shows; 0 without a driver.");
-  m.def("cuda_bias_layer_norm",
-        [](View gemm, View bias, View norm_weight, View norm_bias, float eps, View y, View normed,
-           View mean, View rstd, int device, uintptr_t stream) {
-          run_cuda(bias_layer_norm,
-                   BiasLayerNorm{gemm, bias, norm_weight, norm_bias, eps, y, normed, mean, rstd,
-                                 device, reinterpret_cast<void*>(stream)});
-        });
-  // `offsets` is a pointer, 0 for one group of all rows; a stitch has the fields of
-  // snk::cuda::Stitch.
+  // A stitch has the fields of snk::cuda::LowRank.
+  m.def("cuda_merge", [](const std::vector<std::tuple<View, View, View, float>>& stitches,
+                         View merged, int device, uintptr_t stream) {
+    std::vector<LowRank> groups;
+    for (const auto& stitch : stitches)
+      std::apply([&](auto&... fields) { groups.push_back(LowRank{fields...}); }, stitch);
+    run_cuda(merge, Merge{groups.data(), int(groups.size()), merged, device,
+                          reinterpret_cast<void*>(stream)});
+  });
+  // `offsets` is a pointer, 0 for one group of all rows; a projection has the fields of
+  // snk::cuda::Projection.
   m.def("cuda_stitch_layer_norm_sm90",
         [](View x, uintptr_t offsets, bool offsets_on_host,
-           const std::vector<std::tuple<View, View, View, View, float, View, View>>& stitches,
-           float eps, View y, View normed, View mean, View rstd, int device, uintptr_t stream) {
-          std::vector<Stitch> groups;
-          for (const auto& stitch : stitches)
-            std::apply([&](auto&... fields) { groups.push_back(Stitch{fields...}); }, stitch);
+           const std::vector<std::tuple<View, View, View, View>>& projections, float eps, View y,
+           View normed, View mean, View rstd, int device, uintptr_t stream) {
+          std::vector<Projection> groups;
+          for (const auto& projection : projections)
+            std::apply([&](auto&... fields) { groups.push_back(Projection{fields...}); },
+                       projection);
           run_cuda(stitch_layer_norm_sm90,
                    StitchLayerNorm{x, reinterpret_cast<const int64_t*>(offsets), offsets_on_host,
                                    groups.data(), int(groups.size()), eps, y, normed, mean, rstd,
                                    device, reinterpret_cast<void*>(stream)});
         });
   m.def("cuda_sm90_kernel_for",
-        [](int64_t cols, int64_t rank) -> std::optional<std::tuple<int, int, int>> {
-          const auto kernel = sm90_kernel_for(cols, rank);
+        [](int64_t in_features, int64_t out_features,
+           bool grouped) -> std::optional<std::tuple<int, int, int, int>> {
+          const auto kernel = sm90_kernel_for(in_features, out_features, grouped);
           if (!kernel) return std::nullopt;
-          return std::tuple(kernel->width, kernel->rank, kernel->shared);
+          return std::tuple(kernel->width, kernel->slices, kernel->stages, kernel->shared);
         },
-        "(slice width, padded rank, bytes of shared memory) of the kernel that would be launched; "
-        "None if there is none.");
+        "(columns of a CTA, CTAs of a cluster, stages, bytes of shared memory) of the kernel that "
+        "would be launched; None if there is none.");
 }
 #endif
 

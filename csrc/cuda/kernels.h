@@ -8,35 +8,39 @@
 
 namespace snk::cuda {
 
-// y = gemm + bias and LN(y), from the output of a GEMM; the row statistics too. All rows are
-// contiguous; `mean` and `rstd` are fp32.
-struct BiasLayerNorm {
-  View gemm, bias, norm_weight, norm_bias;
-  float eps;
-  View y, normed, mean, rstd;
+// W, A and B of a stitch, all of one dtype, in contiguous rows that begin and end at multiples of 16
+// bytes, also where they are half as wide: pad the rank of both to a multiple of 8. Rank 0: W alone.
+struct LowRank {
+  View weight, lora_A, lora_B;
+  float scaling;
+};
+
+// W + s · B A of each group, rounded once to the half-precision dtype of `merged`, which holds one
+// below the other. The stitches are fp32 or of that dtype, as whose factors A and B are multiplied.
+struct Merge {
+  const LowRank* stitches;
+  int groups;
+  View merged;
   int device;
   void* stream;
 };
-int bias_layer_norm(const BiasLayerNorm&);
+int merge(const Merge&);
 
-// The parameters of a stitch and of the norm behind it.
-struct Stitch {
-  View weight, bias, lora_A, lora_B;
-  float scaling;
-  View norm_weight, norm_bias;
+// A projection and the norm behind it.
+struct Projection {
+  View weight, bias, norm_weight, norm_bias;
 };
 
-// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) in one kernel, for compute capability 9.0 alone. Group i, with
-// a stitch of its own, has rows offsets[i] up to offsets[i + 1]: groups + 1 values, which in device
-// memory nobody looks at before the kernel does. A null pointer means one group of all rows.
-// x, weight, lora_A and lora_B have the same half-precision dtype, and contiguous rows that begin
-// and end at multiples of 16 bytes: for lora_B pad the rank. Up to 2048 columns and rank 64; y,
-// normed and the statistics as above.
+// y = x Wᵀ + b and LN(y) in one kernel, for compute capability 9.0 alone. Group i, with parameters
+// of its own, has rows offsets[i] up to offsets[i + 1]: groups + 1 values, which in device memory
+// nobody looks at before the kernel does. A null pointer means one group of all rows.
+// x and weight have the same half-precision dtype, and contiguous rows that begin and end at
+// multiples of 16 bytes; y and normed too. `mean` and `rstd` are fp32.
 struct StitchLayerNorm {
   View x;
   const int64_t* offsets;
   bool offsets_on_host;
-  const Stitch* stitches;
+  const Projection* projections;
   int groups;
   float eps;
   View y, normed, mean, rstd;
@@ -45,14 +49,14 @@ struct StitchLayerNorm {
 };
 int stitch_layer_norm_sm90(const StitchLayerNorm&);
 
-// The kernel that it launches for so many columns and such a rank, the highest of all groups: the
-// columns of a CTA, the rank it is built for, and the bytes of shared memory that each CTA asks for
-// at launch, which nothing else tells on a machine without a GPU. None takes a higher rank or more
-// columns.
+// The kernel that it launches for these sizes: the columns of a CTA, the CTAs of a cluster, the
+// stages of its ring, and the bytes of shared memory that each CTA asks for at launch, which nothing
+// else tells on a machine without a GPU. None where W does not fit into a cluster's shared memory, or
+// leaves too little of it.
 struct Sm90Kernel {
-  int width, rank, shared;
+  int width, slices, stages, shared;
 };
-std::optional<Sm90Kernel> sm90_kernel_for(int64_t cols, int64_t rank);
+std::optional<Sm90Kernel> sm90_kernel_for(int64_t in_features, int64_t out_features, bool grouped);
 
 int device_count();
 const char* error_string(int error);

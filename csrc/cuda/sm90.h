@@ -40,10 +40,15 @@ __device__ inline uint32_t remote_address(uint32_t address, uint32_t rank) {
   return remote;
 }
 
-// Some whole warps of a CTA, by barrier 1, beside which __syncthreads has its own.
+// Some whole warps of a CTA, by a barrier of their own; __syncthreads has the first.
 template <int COUNT>
-__device__ void consumer_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
+__device__ void consumer_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id + 1), "n"(COUNT) : "memory");
+}
+// Counts like the sync of those who wait, and goes on.
+template <int COUNT>
+__device__ void consumer_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id + 1), "n"(COUNT) : "memory");
 }
 
 // ---- Barriers -----------------------------------------------------------------------------------
@@ -60,6 +65,9 @@ __device__ inline void fence_barrier_init() {
 __device__ inline void arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
+}
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Arrives at the same barrier of CTA `rank`.
 __device__ inline void arrive_remote(uint32_t barrier, uint32_t rank) {
@@ -82,12 +90,17 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
 
 // ---- Copies ---------------------------------------------------------------------------------------
 
-// Sends 8 bytes to `address` in CTA `rank`, where they count towards the barrier.
-__device__ inline void send(uint32_t address, uint32_t rank, float2 value, uint32_t barrier) {
+// Makes what this thread wrote to shared memory visible to the copy engine.
+__device__ inline void fence_before_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// Copies `bytes` from `address` to the same place in CTA `rank`, where they count towards the barrier
+// in the place of this one. Multiples of 16.
+__device__ inline void send(uint32_t address, uint32_t rank, uint32_t bytes, uint32_t barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          remote_address(address, rank)),
-      "f"(value.x), "f"(value.y), "r"(remote_address(barrier, rank))
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      ::"r"(remote_address(address, rank)),
+      "r"(address), "r"(bytes), "r"(remote_address(barrier, rank))
       : "memory");
 }
 
@@ -114,6 +127,13 @@ __device__ inline void load_tile(uint32_t to, const CUtensorMap* map, int col, i
       : "memory");
 }
 
+// Has the tile at (row, col) brought into the L2 cache.
+__device__ inline void prefetch_tile(const CUtensorMap* map, int col, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(col),
+               "r"(row)
+               : "memory");
+}
+
 // ---- Global memory ------------------------------------------------------------------------------
 
 // As an instruction, because the compiler may take a uint4 apart.
@@ -121,6 +141,14 @@ __device__ inline void store_16_bytes(void* to, const uint32_t (&word)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                : "memory");
+}
+
+// ---- The kernel before in the stream --------------------------------------------------------------
+
+// A launch may begin before that one ends (cudaLaunchAttributeProgrammaticStreamSerialization), so
+// nothing in global memory is read or written before this.
+__device__ inline void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // ---- Registers ----------------------------------------------------------------------------------

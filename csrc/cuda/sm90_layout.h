@@ -11,33 +11,19 @@
 
 namespace snk::cuda::sm90 {
 
-// ---- How a row of the output is split over the CTAs of a cluster ----------------------------
+// ---- What a launch must stay within -------------------------------------------------------------
 
-// 256 columns are the widest product of one wgmma, and 8 CTAs the largest portable cluster.
-constexpr int MAX_WIDTH = 256, MAX_SLICES = 8;
-
-SNK_HOST_DEVICE constexpr int slices(int cols) { return (cols + MAX_WIDTH - 1) / MAX_WIDTH; }
-// 192 where that is enough: S's width of 384 is then two full slices, not one and a half.
-SNK_HOST_DEVICE constexpr int slice_width(int cols) {
-  return cols <= 192 * slices(cols) ? 192 : MAX_WIDTH;
-}
-static_assert(slices(384) == 2 && slice_width(384) == 192);
-static_assert(slices(768) == 3 && slice_width(768) == 256);
-static_assert(slices(1024) == 4 && slice_width(1024) == 256);
-static_assert(slices(1280) == 5 && slice_width(1280) == 256);
-
-constexpr bool every_slice_has_columns() {
-  for (int cols = 1; cols <= MAX_SLICES * MAX_WIDTH; ++cols)
-    if ((slices(cols) - 1) * slice_width(cols) >= cols || slices(cols) * slice_width(cols) < cols)
-      return false;
-  return true;
-}
-static_assert(every_slice_has_columns());
+// 8 CTAs are the largest portable cluster. Of more than 512 columns, what is left beside W is a ring
+// too short for the way that x comes: there the GEMM of a library, and a pass behind it, are faster.
+constexpr int MAX_SLICES = 8, MAX_STEPS = 4, MAX_STAGES = 16;
+constexpr int MAX_SHARED = 227 * 1024;
 
 // ---- Tiles of operands in shared memory --------------------------------------------------------
 
 // An operand tile is a stack of rows of 64 halves of K (128 bytes): the span of the widest swizzle.
 constexpr int TILE_K = 64, TILE_ROW_BYTES = 128;
+// Tiles that are waited for together: the products of one alone are about as long as a wait.
+constexpr int TILES = 2, STEP = TILES * TILE_K;
 // The swizzle repeats every 8 rows, so a tile begins at a multiple of that.
 constexpr int TILE_ALIGNMENT = 8 * TILE_ROW_BYTES;
 
@@ -84,8 +70,6 @@ static_assert(wgmma_finds_what_the_copy_engine_wrote());
 
 // Register i of lane l of warp w holds, with n = i / 4 counting groups of 8 columns:
 //   row 16 w + l / 4 + 8 ((i / 2) % 2),  column 8 n + 2 (l % 4) + i % 2.
-// The A fragment of a later product, 16 deep, has the order of accumulators 8 k … 8 k + 7, two to a
-// register; so a product's result becomes an operand without leaving its thread.
 
 // ---- A ring of stages -------------------------------------------------------------------------
 
@@ -93,15 +77,13 @@ static_assert(wgmma_finds_what_the_copy_engine_wrote());
 // parity p returns once the phase of parity p is over. Readers wait for `phase` of "full", the
 // writer for `phase ^ 1` of "empty", which a fresh barrier lets pass: the first round waits for
 // nobody.
-template <int STAGES>
 struct Ring {
-  int stage = 0;
+  int stages, stage = 0;
   uint32_t phase = 0;
-  SNK_HOST_DEVICE constexpr void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      phase ^= 1;
-    }
+  SNK_HOST_DEVICE explicit constexpr Ring(int stages) : stages(stages) {}
+  SNK_HOST_DEVICE constexpr void advance() { skip(1); }
+  SNK_HOST_DEVICE constexpr void skip(int count) {
+    for (stage += count; stage >= stages; stage -= stages) phase ^= 1;
   }
 };
 

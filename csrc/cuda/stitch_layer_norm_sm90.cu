@@ -1,6 +1,7 @@
 // The launch of the Hopper kernel: tensor maps, cluster and grid.
 #include "cuda/stitch_layer_norm_sm90.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -29,8 +30,8 @@ cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, i
     clusters = found->second;
     return cudaSuccess;
   }
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           int(config.dynamicSmemBytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MAX_SHARED);
   if (error != cudaSuccess) return error;
   error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (error != cudaSuccess) return error;
@@ -39,32 +40,74 @@ cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, i
   return cudaSuccess;
 }
 
-cudaError_t describe(const Stitch& stitch, int width, int rank, Group& group) {
-  cudaError_t error = tile_map(stitch.weight, width, group.weight);
-  if (rank > 0 && error == cudaSuccess) {
-    const bool low_rank = stitch.lora_A.rows > 0;
-    // Without one, the zeros that lie beyond W.
-    error = tile_map(low_rank ? stitch.lora_A : stitch.weight, rank, group.lora_A);
-    if (error == cudaSuccess)
-      error = tile_map(low_rank ? stitch.lora_B : stitch.weight, width, group.lora_B);
-    group.low_rank_row = low_rank ? 0 : int(stitch.weight.rows);
-  }
-  group.bias = {stitch.bias.data, stitch.bias.dtype};
-  group.norm_weight = {stitch.norm_weight.data, stitch.norm_weight.dtype};
-  group.norm_bias = {stitch.norm_bias.data, stitch.norm_bias.dtype};
-  group.scaling = stitch.scaling;
-  return error;
+// How the columns and the shared memory of a CTA are split.
+struct Layout {
+  int slices, steps, stages, bytes;
+};
+
+// None if W does not fit into the shared memory of a cluster beside the shortest ring.
+template <int WIDTH, int GROUPS>
+std::optional<Layout> layout(int64_t in_features, int64_t out_features) {
+  if (out_features > WIDTH * MAX_SLICES || in_features > STEP * MAX_STEPS) return std::nullopt;
+  Layout found{};
+  found.slices = int((out_features + WIDTH - 1) / WIDTH);
+  found.steps = int((in_features + STEP - 1) / STEP);
+  const auto bytes = [&] {
+    return Shared<WIDTH, GROUPS>::bytes(found.steps, found.stages, found.slices);
+  };
+  // Fewer than three bands: see where `finish` sends.
+  found.stages = std::min(3 * found.steps - 1, MAX_STAGES);
+  while (bytes() > MAX_SHARED)
+    if (--found.stages < 2) return std::nullopt;
+  found.bytes = bytes();
+  return found;
+}
+
+// Calls `take` with the kernel's width of a slice as a constant, and the layout, if there is one.
+// What counts, in this order: a ring that is longer than the latency of memory, few columns that stay
+// empty, clusters that fill the chip (its processors come in groups of 16 or 18), small clusters.
+template <int GROUPS, typename Take>
+void for_shape(int64_t in_features, int64_t out_features, const Take& take) {
+  constexpr int LONG_RING = 4;
+  using Cost = std::tuple<bool, int, bool, int>;
+  int best = 0;
+  Cost least;
+  const auto look = [&](auto width) {
+    const auto found = layout<width, GROUPS>(in_features, out_features);
+    if (!found) return;
+    const int slices = found->slices;
+    const bool fills = (slices & (slices - 1)) == 0;
+    const Cost cost{found->stages < std::min(LONG_RING, 3 * found->steps - 1), slices * width,
+                    !fills, slices};
+    if (best == 0 || cost < least) best = width, least = cost;
+  };
+  const auto take_best = [&](auto width) {
+    if (best == width) take(width, *layout<width, GROUPS>(in_features, out_features));
+  };
+  const auto each = [](const auto& call) {
+    call(std::integral_constant<int, 64>());
+    call(std::integral_constant<int, 96>());
+    call(std::integral_constant<int, 128>());
+  };
+  each(look);
+  each(take_best);
 }
 
 // The groups from `first` on, as many as one launch takes.
-template <typename T, int WIDTH, int RANK, int GROUPS>
-cudaError_t launch(const StitchLayerNorm& p, int first) {
-  const int cols = int(p.y.cols), rows = int(p.y.rows), slices = sm90::slices(cols);
+template <typename T, int WIDTH, int GROUPS>
+cudaError_t launch(const StitchLayerNorm& p, const Layout& layout, int first) {
+  const int cols = int(p.y.cols), rows = int(p.y.rows), slices = layout.slices;
   Arguments<GROUPS> arguments{};
   arguments.groups = p.groups - first < GROUPS ? p.groups - first : GROUPS;
   cudaError_t error = tile_map(p.x, BAND, arguments.x);
-  for (int i = 0; i < arguments.groups && error == cudaSuccess; ++i)
-    error = describe(p.stitches[first + i], WIDTH, RANK, arguments.group[i]);
+  for (int i = 0; i < arguments.groups && error == cudaSuccess; ++i) {
+    const Projection& own = p.projections[first + i];
+    Group& group = arguments.group[i];
+    error = tile_map(own.weight, WIDTH, group.weight);
+    group.bias = {own.bias.data, own.bias.dtype};
+    group.norm_weight = {own.norm_weight.data, own.norm_weight.dtype};
+    group.norm_bias = {own.norm_bias.data, own.norm_bias.dtype};
+  }
   if (error != cudaSuccess) return error;
   if (GROUPS > 1 && p.offsets_on_host)
     for (int i = 0; i <= arguments.groups; ++i) arguments.known[i] = int(p.offsets[first + i]);
@@ -76,65 +119,50 @@ cudaError_t launch(const StitchLayerNorm& p, int first) {
   arguments.rstd = static_cast<float*>(p.rstd.data);
   arguments.rows = rows;
   arguments.cols = cols;
-  arguments.k_steps = int((p.x.cols + TILE_K - 1) / TILE_K);
+  arguments.steps = layout.steps;
+  arguments.stages = layout.stages;
   arguments.slices = slices;
   arguments.eps = p.eps;
   arguments.per_column = 1.0f / float(cols);
 
-  const auto kernel = stitch_layer_norm_sm90_kernel<T, WIDTH, RANK, GROUPS>;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(slices), 1, 1};
+  const auto kernel = stitch_layer_norm_sm90_kernel<T, WIDTH, GROUPS>;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {unsigned(slices), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(slices);
   config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = Shared<WIDTH, RANK>::BYTES;
+  config.dynamicSmemBytes = MAX_SHARED;
   config.stream = static_cast<cudaStream_t>(p.stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 1;  // occupancy is asked of the cluster alone
   int clusters;
   error = resident_clusters(kernel, config, p.device, slices, clusters);
   if (error != cudaSuccess) return error;
   // Where each group begins only the device knows: every group may end in a band of its own.
   const int bands = (rows - 1) / BAND + arguments.groups;
   config.gridDim = dim3(slices * (bands < clusters ? bands : clusters));
+  config.dynamicSmemBytes = layout.bytes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
-template <typename T, int WIDTH, int RANK>
-cudaError_t launch_groups(const StitchLayerNorm& p) {
-  if (p.offsets == nullptr) return launch<T, WIDTH, RANK, 1>(p, 0);
-  cudaError_t error = cudaSuccess;
-  for (int first = 0; first < p.groups && error == cudaSuccess; first += MAX_GROUPS)
-    error = launch<T, WIDTH, RANK, MAX_GROUPS>(p, first);
-  return error;
-}
-
-// Calls `take` with the slice width and the padded rank of the kernel for so many columns and such a
-// rank, as constants.
-template <int WIDTH, typename Take>
-cudaError_t for_rank(int64_t rank, const Take& take) {
-  using Width = std::integral_constant<int, WIDTH>;
-  if (rank == 0) return take(Width(), std::integral_constant<int, 0>());
-  if (rank <= 16) return take(Width(), std::integral_constant<int, 16>());
-  if (rank <= 64) return take(Width(), std::integral_constant<int, 64>());
-  return cudaErrorInvalidValue;
-}
-
-template <typename Take>
-cudaError_t for_shape(int64_t cols, int64_t rank, const Take& take) {
-  if (cols > MAX_SLICES * MAX_WIDTH) return cudaErrorInvalidValue;
-  return slice_width(int(cols)) == 192 ? for_rank<192>(rank, take) : for_rank<MAX_WIDTH>(rank, take);
 }
 
 template <typename T>
 cudaError_t launch_for_shape(const StitchLayerNorm& p) {
-  int64_t rank = 0;
-  for (int i = 0; i < p.groups; ++i)
-    if (p.stitches[i].lora_A.rows > rank) rank = p.stitches[i].lora_A.rows;
-  return for_shape(p.y.cols, rank, [&](auto width, auto padded) {
-    return launch_groups<T, decltype(width)::value, decltype(padded)::value>(p);
-  });
+  cudaError_t error = cudaErrorInvalidValue;
+  if (p.offsets == nullptr)
+    for_shape<1>(p.x.cols, p.y.cols, [&](auto width, const Layout& layout) {
+      error = launch<T, width, 1>(p, layout, 0);
+    });
+  else
+    for_shape<MAX_GROUPS>(p.x.cols, p.y.cols, [&](auto width, const Layout& layout) {
+      error = cudaSuccess;
+      for (int first = 0; first < p.groups && error == cudaSuccess; first += MAX_GROUPS)
+        error = launch<T, width, MAX_GROUPS>(p, layout, first);
+    });
+  return error;
 }
 
 }  // namespace
@@ -150,13 +178,14 @@ int stitch_layer_norm_sm90(const StitchLayerNorm& p) {
   });
 }
 
-std::optional<Sm90Kernel> sm90_kernel_for(int64_t cols, int64_t rank) {
-  Sm90Kernel kernel{};
-  const cudaError_t error = for_shape(cols, rank, [&](auto width, auto padded) {
-    kernel = {width, padded, Shared<decltype(width)::value, decltype(padded)::value>::BYTES};
-    return cudaSuccess;
-  });
-  return error == cudaSuccess ? std::optional(kernel) : std::nullopt;
+std::optional<Sm90Kernel> sm90_kernel_for(int64_t in_features, int64_t out_features, bool grouped) {
+  std::optional<Sm90Kernel> kernel;
+  const auto take = [&](auto width, const Layout& layout) {
+    kernel = Sm90Kernel{width, layout.slices, layout.stages, layout.bytes};
+  };
+  if (grouped) for_shape<MAX_GROUPS>(in_features, out_features, take);
+  else for_shape<1>(in_features, out_features, take);
+  return kernel;
 }
 
 }  // namespace snk::cuda

@@ -1,22 +1,21 @@
-// y = x Wᵀ + b + s (x Aᵀ) Bᵀ and LN(y) as one kernel for Hopper (sm_90a), where each of up to GROUPS
-// groups of rows may have a stitch and a norm of its own. It has never run on a GPU, only on the
-// stand-in machine of python_tests/kernels/hopper.
+// y = x Wᵀ + b and LN(y) as one kernel for Hopper (sm_90a), where each of up to GROUPS groups of
+// rows may have a W and a norm of its own. A low-rank part is merged into W before (merge.cu).
 //
-// A cluster of CTAs shares a band of up to 128 rows of one group: each CTA computes all of these
-// rows for one slice of the columns, and the cluster takes band after band. In a CTA,
-//   - one warp of the first warpgroup, the producer, lets the copy engine fill a ring of stages,
-//     each a step of 64 along K: the x tile, W's slice, A. x and A are the same for the whole
-//     cluster: one CTA, another in each step, fetches them once for all (multicast). At the end of
-//     a group the x tile reaches into the next group's rows; they are multiplied, and not stored.
-//   - the other two warpgroups, the consumers, multiply 64 rows each: acc += x Wᵀ and low += x Aᵀ.
-// The low-rank part is one more step of the same accumulator, against B. s · low is never rounded
-// to half: it is split into a sum of two halves, and both are multiplied. As an accumulator's
-// fragment is an operand's fragment, it does not leave the registers for that.
+// A cluster of CTAs shares bands of 64 rows of one group: each CTA computes all of these rows for
+// one slice of the columns. Its slice of W stays in shared memory from the first band of a group to
+// the last, so that per band only x is fetched. In a CTA,
+//   - the first warpgroup, the producer, lets the copy engine fetch W's slice, and fill a ring of
+//     stages with x, 128 columns of a band each. x is the same for the whole cluster: one CTA, another
+//     in each step, fetches it once for all (multicast), as soon as all have told it that their stage
+//     is free. One warp tells, and another one fetches, so that neither waits for the other. At the
+//     end of a group x reaches into the next group's rows; they are multiplied, and not stored.
+//   - the other warpgroups, the consumers, take bands in turn: while one multiplies, the others
+//     normalise and store. What the tensor cores do and what memory does so overlap.
 //
 // The epilogue adds the bias, rounds y, and takes mean and M2 = Σ (y − mean)² of the slice's
 // columns in two passes over registers. Every CTA sends these to all CTAs of the cluster, stores y
 // meanwhile, and merges all slices in the same order, M2 = Σ M2ᵢ + nᵢ (meanᵢ − mean)² (Chan et al.
-// 1979), to store LN(y). All the while the producer loads the next band.
+// 1979), to store LN(y).
 #pragma once
 
 #include "cuda/number.h"
@@ -26,21 +25,19 @@
 
 namespace snk::cuda::sm90 {
 
-constexpr int WARPGROUP = 128, CONSUMERS = 2, THREADS = WARPGROUP * (1 + CONSUMERS);
-constexpr int BAND = 64 * CONSUMERS, CONSUMER_WARPS = 4 * CONSUMERS;
+// An epilogue takes about twice as long as a product, so that two of them are under way.
+constexpr int WARPGROUP = 128, CONSUMERS = 3, THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int BAND = 64, WARPS = 4;  // of a consumer
+constexpr int TURNS = CONSUMERS;     // behind the barriers of single consumers, those of their turns
 
-// A thread of the launch has 65536 / 384 registers, rounded down to 168. The producer needs few;
-// the consumers' accumulators alone take up to 160.
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168);
+// A thread of the launch has 65536 / 512 registers. The producer needs few; the consumers'
+// accumulators alone take up to 64, and the packed y of the same band 32.
+constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 128);
 
 struct Group {
-  CUtensorMap weight, lora_A, lora_B;
+  CUtensorMap weight;
   Vector bias, norm_weight, norm_bias;
-  float scaling;
-  // Added to the rows of A and B that are loaded. 0; or, for a group without a low-rank part beside
-  // others that have one, as many as both maps have: beyond these, all that is loaded is zero.
-  int low_rank_row;
 };
 
 // By value, tensor maps included: a captured graph holds a copy of its own, and nothing but the
@@ -56,209 +53,217 @@ struct Arguments {
   int groups;
   void *y, *normed;
   float *mean, *rstd;
-  int rows, cols, k_steps, slices;
-  float eps, per_column;  // 1 / cols
+  int rows, cols, steps, stages, slices;  // steps of STEP along K
+  float eps, per_column;                  // 1 / cols
 };
 
 // Lanes of a warp, by which a band is found.
 constexpr int MAX_GROUPS = 32;
 
-// Some adjacent rows of one group: from `row` up to `stop`, of which a cluster takes BAND.
+// Some adjacent rows of one group: from `row` up to `stop`, of which a consumer takes BAND.
 struct Band {
   int group, row, stop;
 };
 
-// The band of this index, counted over all groups; false after the last. A whole warp calls: each
-// lane counts the bands of a group. Offsets that make no sense stay within the rows.
+// All bands of all groups, counted from 0. Whole warps make one and ask it: each lane knows those of
+// a group. Offsets that make no sense stay within the rows.
 template <int GROUPS>
-__device__ bool find(const Arguments<GROUPS>& p, int index, Band& band) {
+class Bands {
+ public:
   static_assert(GROUPS <= MAX_GROUPS);
-  if constexpr (GROUPS == 1) {
-    if (index > (p.rows - 1) / BAND) return false;
-    band = {0, index * BAND, p.rows};
-    return true;
-  } else {
-    const int lane = threadIdx.x % 32;
-    const auto offset = [&](int i) {
-      const int64_t row = p.offsets == nullptr ? p.known[i] : p.offsets[i];
-      return int(row < 0 ? 0 : row > p.rows ? p.rows : row);
-    };
-    int start = 0, stop = 0;
-    if (lane < p.groups) {
-      start = offset(lane);
-      stop = offset(lane + 1);
-    }
-    const int bands = start < stop ? (stop - start - 1) / BAND + 1 : 0;
-    int end = bands;
+  __device__ explicit Bands(const Arguments<GROUPS>& p) : stop_(p.rows), end_(in(p.rows)) {
+    if constexpr (GROUPS > 1) {
+      const int lane = threadIdx.x % 32;
+      const auto offset = [&](int i) {
+        const int64_t row = p.offsets == nullptr ? p.known[i] : p.offsets[i];
+        return int(row < 0 ? 0 : row > p.rows ? p.rows : row);
+      };
+      stop_ = 0;
+      if (lane < p.groups) {
+        start_ = offset(lane);
+        stop_ = offset(lane + 1);
+      }
+      end_ = in(stop_ - start_);
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int before = __shfl_up_sync(~0u, end, distance);
-      if (lane >= distance) end += before;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int before = __shfl_up_sync(~0u, end_, distance);
+        if (lane >= distance) end_ += before;
+      }
     }
-    const unsigned beyond = __ballot_sync(~0u, index < end);
-    if (beyond == 0) return false;
-    const int group = __ffs(int(beyond)) - 1;
-    const int first = __shfl_sync(~0u, end - bands, group);
-    band = {group, __shfl_sync(~0u, start, group) + (index - first) * BAND,
-            __shfl_sync(~0u, stop, group)};
-    return true;
   }
-}
+  __device__ int count() const { return GROUPS > 1 ? __shfl_sync(~0u, end_, 31) : end_; }
+  __device__ Band at(int index) const {
+    if constexpr (GROUPS == 1) return {0, index * BAND, stop_};
+    const int group = __ffs(int(__ballot_sync(~0u, index < end_))) - 1;
+    const int first = __shfl_sync(~0u, end_ - in(stop_ - start_), group);
+    return {group, __shfl_sync(~0u, start_, group) + (index - first) * BAND,
+            __shfl_sync(~0u, stop_, group)};
+  }
 
-// Shared memory of a CTA. RANK is the rank of the low-rank part, padded to a multiple of 16; 0 for
-// none.
-template <int WIDTH, int RANK>
-struct Shared {
-  static constexpr int X_BYTES = BAND * TILE_ROW_BYTES, WEIGHT_BYTES = WIDTH * TILE_ROW_BYTES,
-                       A_BYTES = RANK * TILE_ROW_BYTES,
-                       STAGE_BYTES = X_BYTES + WEIGHT_BYTES + A_BYTES;
-  static_assert(X_BYTES % TILE_ALIGNMENT == 0 && WEIGHT_BYTES % TILE_ALIGNMENT == 0 &&
-                A_BYTES % TILE_ALIGNMENT == 0);
-
-  // What is not the ring. Two sets of statistics, and of their barriers: a CTA may send those of
-  // its next band before a slower one has read these. The vectors are those of the band's group.
-  struct Rest {
-    float2 statistics[2][MAX_SLICES][BAND];  // mean and M2, by slice and row
-    float bias[WIDTH], norm_weight[WIDTH], norm_bias[WIDTH];
-    uint64_t statistics_full[2][CONSUMER_WARPS];
-    uint64_t full[4], empty[4];
-  };
-
-  static constexpr int LIMIT = 227 * 1024;
-  static constexpr int FITTING = (LIMIT - int(sizeof(Rest))) / STAGE_BYTES;
-  static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
-  static_assert(STAGES >= 3);
-  static constexpr int BYTES = STAGES * STAGE_BYTES + int(sizeof(Rest));
-  using Position = Ring<STAGES>;
-
-  uint32_t base;
-  Rest* rest;
-
-  __device__ explicit Shared(unsigned char* memory)
-      : base(shared_address(memory)), rest(reinterpret_cast<Rest*>(memory + STAGES * STAGE_BYTES)) {}
-
-  __device__ uint32_t x(int stage) const { return base + stage * STAGE_BYTES; }
-  __device__ uint32_t weight(int stage) const { return x(stage) + X_BYTES; }
-  __device__ uint32_t lora_A(int stage) const { return weight(stage) + WEIGHT_BYTES; }
-  // B's slice has the shape of a W tile, and comes in the place of one.
-  __device__ uint32_t lora_B(int stage) const { return weight(stage); }
-  __device__ uint32_t full(int stage) const { return shared_address(&rest->full[stage]); }
-  __device__ uint32_t empty(int stage) const { return shared_address(&rest->empty[stage]); }
+ private:
+  __device__ static int in(int rows) { return rows > 0 ? (rows - 1) / BAND + 1 : 0; }
+  int start_ = 0, stop_, end_;  // rows of this lane's group; bands up to its end
 };
 
-// The loads of one band, by one thread. A stage may be overwritten once the consumers of all CTAs
-// have released it, as x and A go to all of them.
-template <int GROUPS, int WIDTH, int RANK>
-__device__ void load(const Arguments<GROUPS>& p, const Shared<WIDTH, RANK>& shared, int slice,
-                     const Band& band, typename Shared<WIDTH, RANK>::Position& at) {
-  using S = Shared<WIDTH, RANK>;
-  const uint16_t everyone = uint16_t((1 << p.slices) - 1);
-  const int column = slice * WIDTH;
-  const Group& group = p.group[band.group];
-  for (int step = 0; step < p.k_steps; ++step, at.advance()) {
-    const uint32_t full = shared.full(at.stage);
-    wait(shared.empty(at.stage), at.phase ^ 1);
-    arrive_expecting(full, S::STAGE_BYTES);
-    if (step % p.slices == slice)
-      load_tile(shared.x(at.stage), &p.x, step * TILE_K, band.row, full, everyone);
-    load_tile(shared.weight(at.stage), &group.weight, step * TILE_K, column, full);
-    if (RANK > 0 && (step + 1) % p.slices == slice)
-      load_tile(shared.lora_A(at.stage), &group.lora_A, step * TILE_K, group.low_rank_row, full,
-                everyone);
+// The shared memory of a CTA: W's slice, the ring, and the rest.
+template <int WIDTH, int GROUPS>
+struct Shared {
+  // Of a tile, as which the copy engine knows them, and of the tiles of a step.
+  static constexpr int WEIGHT_TILE = WIDTH * TILE_ROW_BYTES, X_TILE = BAND * TILE_ROW_BYTES;
+  static constexpr int WEIGHT_BYTES = TILES * WEIGHT_TILE, X_BYTES = TILES * X_TILE;
+  static_assert(WEIGHT_TILE % TILE_ALIGNMENT == 0 && X_TILE % TILE_ALIGNMENT == 0);
+
+  struct Rest {
+    uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    uint64_t free_everywhere[MAX_STAGES];  // of the steps that this CTA fetches, in turn
+    uint64_t weight_full[MAX_STEPS], weight_empty;
+    uint64_t statistics_full[CONSUMERS][2][WARPS];
+    // Of the group whose bands a consumer is at.
+    struct {
+      alignas(16) float bias[WIDTH], norm_weight[WIDTH], norm_bias[WIDTH];
+    } vectors[GROUPS > 1 ? CONSUMERS : 1];
+    // Mean and M2 by consumer, set, slice and row, as many as there are slices. Two sets: a CTA may
+    // send those of its next band before a slower one has read these.
+    float2 statistics[1];
+  };
+
+  uint32_t base, ring;
+  Rest* rest;
+
+  __device__ Shared(unsigned char* memory, int steps, int stages)
+      : base(shared_address(memory)),
+        ring(base + steps * WEIGHT_BYTES),
+        rest(reinterpret_cast<Rest*>(memory + steps * WEIGHT_BYTES + stages * X_BYTES)) {}
+
+  static constexpr int bytes(int steps, int stages, int slices) {
+    return steps * WEIGHT_BYTES + stages * X_BYTES + int(sizeof(Rest)) +
+           CONSUMERS * 2 * slices * BAND * int(sizeof(float2));
   }
-  if (RANK > 0) {
-    const uint32_t full = shared.full(at.stage);
-    wait(shared.empty(at.stage), at.phase ^ 1);
-    arrive_expecting(full, S::WEIGHT_BYTES);
-    load_tile(shared.lora_B(at.stage), &group.lora_B, 0, group.low_rank_row + column, full);
-    at.advance();
+
+  __device__ uint32_t weight(int step, int tile) const {
+    return base + step * WEIGHT_BYTES + tile * WEIGHT_TILE;
+  }
+  __device__ uint32_t x(int stage, int tile) const {
+    return ring + stage * X_BYTES + tile * X_TILE;
+  }
+  __device__ uint32_t free_everywhere(int i) const {
+    return shared_address(&rest->free_everywhere[i]);
+  }
+  __device__ uint32_t full(int stage) const { return shared_address(&rest->full[stage]); }
+  __device__ uint32_t empty(int stage) const { return shared_address(&rest->empty[stage]); }
+  __device__ uint32_t weight_full(int step) const {
+    return shared_address(&rest->weight_full[step]);
+  }
+  __device__ uint32_t weight_empty() const { return shared_address(&rest->weight_empty); }
+  __device__ auto& vectors(int consumer) const { return rest->vectors[GROUPS > 1 ? consumer : 0]; }
+  __device__ float2* statistics(int consumer, int set, int slices, int slice) const {
+    return rest->statistics + ((consumer * 2 + set) * slices + slice) * BAND;
+  }
+};
+
+// Where the producer is: in the ring, and in the sequence of all steps of all bands, of which CTA
+// `fetcher` fetches this one as its own `turn`.
+struct Sequence {
+  Ring stage, turn{MAX_STAGES};
+  int fetcher = 0, slices;
+  __device__ Sequence(int stages, int slices) : stage(stages), slices(slices) {}
+  __device__ void advance() {
+    stage.advance();
+    if (++fetcher == slices) {
+      fetcher = 0;
+      turn.advance();
+    }
+  }
+};
+
+// For each step of a band, tells who fetches x that a stage is free here. If `fresh`, W's slice is
+// fetched along the way. By one thread.
+template <int GROUPS, int WIDTH>
+__device__ void announce(const Arguments<GROUPS>& p, const Shared<WIDTH, GROUPS>& shared, int slice,
+                         const Band& band, bool fresh, Sequence& at) {
+  using S = Shared<WIDTH, GROUPS>;
+  for (int step = 0; step < p.steps; ++step, at.advance()) {
+    if (fresh) {
+      arrive_expecting(shared.weight_full(step), S::WEIGHT_BYTES);
+      for (int tile = 0; tile < TILES; ++tile)
+        load_tile(shared.weight(step, tile), &p.group[band.group].weight,
+                  step * STEP + tile * TILE_K, slice * WIDTH, shared.weight_full(step));
+    }
+    wait(shared.empty(at.stage.stage), at.stage.phase ^ 1);
+    arrive_expecting(shared.full(at.stage.stage), S::X_BYTES);
+    arrive_remote(shared.free_everywhere(at.turn.stage), uint32_t(at.fetcher));
   }
 }
 
-// The vectors of a group in place of the last one's, by all consumers.
-template <int WIDTH, int RANK>
-__device__ void take_vectors(const Group& group, const Shared<WIDTH, RANK>& shared, int first,
-                             int cols) {
-  consumer_sync<CONSUMERS * WARPGROUP>();
-  for (int i = threadIdx.x - WARPGROUP; i < WIDTH; i += CONSUMERS * WARPGROUP) {
+// Fetches x for all, in those steps of a band that are this CTA's. By one thread.
+template <int GROUPS, int WIDTH>
+__device__ void fetch(const Arguments<GROUPS>& p, const Shared<WIDTH, GROUPS>& shared, int slice,
+                      const Band& band, Sequence& at) {
+  const uint16_t everyone = uint16_t((1 << p.slices) - 1);
+  for (int step = 0; step < p.steps; ++step, at.advance()) {
+    if (at.fetcher != slice) continue;
+    wait(shared.free_everywhere(at.turn.stage), at.turn.phase);
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int column = step * STEP + tile * TILE_K;
+      load_tile(shared.x(at.stage.stage, tile), &p.x, column, band.row,
+                shared.full(at.stage.stage), everyone);
+      // The ring may be shorter than the way from device memory.
+      prefetch_tile(&p.x, column, band.row + BAND);
+    }
+  }
+}
+
+// The vectors of a group in place of the last one's, by all threads that read them.
+template <int GROUPS, int WIDTH>
+__device__ void take_vectors(const Group& group, const Shared<WIDTH, GROUPS>& shared, int consumer,
+                             int first, int cols) {
+  constexpr int READERS = WARPGROUP * (GROUPS > 1 ? 1 : CONSUMERS);
+  const int id = GROUPS > 1 ? consumer : 0;
+  auto& vectors = shared.vectors(consumer);
+  consumer_sync<READERS>(id);
+  for (int i = (threadIdx.x - WARPGROUP) % READERS; i < WIDTH; i += READERS) {
     const int column = first + i;
     const bool inside = column < cols;
-    shared.rest->bias[i] = inside ? group.bias.at(column, 0) : 0;
-    shared.rest->norm_weight[i] = inside ? group.norm_weight.at(column, 1) : 0;
-    shared.rest->norm_bias[i] = inside ? group.norm_bias.at(column, 0) : 0;
+    vectors.bias[i] = inside ? group.bias.at(column, 0) : 0;
+    vectors.norm_weight[i] = inside ? group.norm_weight.at(column, 1) : 0;
+    vectors.norm_bias[i] = inside ? group.norm_bias.at(column, 0) : 0;
   }
-  consumer_sync<CONSUMERS * WARPGROUP>();
+  consumer_sync<READERS>(id);
 }
 
-// s · low as operands of the next product, 16 columns each: value = high + rest, both of type T. (A
-// float16 holds up to 65504; beyond, the row becomes NaN or infinite, as it does in eager float16.)
-template <typename T, int RANK>
-__device__ void split(const float (&low)[RANK / 2], float scaling, uint32_t (&high)[RANK / 16][4],
-                      uint32_t (&rest)[RANK / 16][4]) {
-#pragma unroll
-  for (int i = 0; i < RANK / 4; ++i) {
-    const float first = scaling * low[2 * i], second = scaling * low[2 * i + 1];
-    const uint32_t word = pack<T>(first, second);
-    const float2 rounded = unpack<T>(word);
-    high[i / 4][i % 4] = word;
-    rest[i / 4][i % 4] = pack<T>(first - rounded.x, second - rounded.y);
-  }
-}
-
-// acc = x Wᵀ + s (x Aᵀ) Bᵀ for the 64 rows of this warpgroup.
-template <typename T, int WIDTH, int RANK>
-__device__ void multiply(int k_steps, int slices, float scaling, const Shared<WIDTH, RANK>& shared,
-                         int warpgroup, typename Shared<WIDTH, RANK>::Position& at,
-                         float (&acc)[WIDTH / 2]) {
-  const uint32_t lane = threadIdx.x % 32;
-  // Every warp tells every CTA, by a lane each.
+// acc = x Wᵀ for the rows of a band. `parity` is that of W's barriers; `pass_on` is called once all
+// products are under way.
+template <typename T, int GROUPS, int WIDTH, typename PassOn>
+__device__ void multiply(const Arguments<GROUPS>& p, const Shared<WIDTH, GROUPS>& shared,
+                         uint32_t parity, Ring& at, float (&acc)[WIDTH / 2],
+                         const PassOn& pass_on) {
   const auto release = [&](int stage) {
-    if (lane < uint32_t(slices)) arrive_remote(shared.empty(stage), lane);
+    if (threadIdx.x % 32 == 0) arrive(shared.empty(stage));
   };
-  constexpr int LOW = RANK > 0 ? RANK / 2 : 1;
-  float low[LOW];
 #pragma unroll
   for (int i = 0; i < WIDTH / 2; ++i) acc[i] = 0;
-#pragma unroll
-  for (int i = 0; i < LOW; ++i) low[i] = 0;
-
-  for (int step = 0; step < k_steps; ++step, at.advance()) {
-    wait(shared.full(at.stage), at.phase);
-    wgmma_fence();
-    const uint32_t x = shared.x(at.stage) + warpgroup * 64 * TILE_ROW_BYTES;
-#pragma unroll
-    for (int k = 0; k < TILE_K / 16; ++k) {
-      wgmma<T>(acc, tile_descriptor(x + 32 * k),
-               tile_descriptor(shared.weight(at.stage) + 32 * k));
-      if constexpr (RANK > 0)
-        wgmma<T>(low, tile_descriptor(x + 32 * k),
-                 tile_descriptor(shared.lora_A(at.stage) + 32 * k));
-    }
-    // The stage goes back at once: while one warpgroup waits here, the other one's products run.
-    wgmma_finish();
-    wgmma_settle(acc);
-    wgmma_settle(low);
-    release(at.stage);
-  }
-
-  if constexpr (RANK > 0) {
-    uint32_t high[RANK / 16][4], rest[RANK / 16][4];
-    split<T, RANK>(low, scaling, high, rest);
-    wgmma_settle(high);
-    wgmma_settle(rest);
+  wgmma_settle(acc);
+  int before = -1;
+  for (int step = 0; step < p.steps; ++step, at.advance()) {
+    wait(shared.weight_full(step), parity);
     wait(shared.full(at.stage), at.phase);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < RANK / 16; ++k) {
-      const uint64_t b = tile_descriptor(shared.lora_B(at.stage) + 32 * k);
-      wgmma<T>(acc, high[k], b);
-      wgmma<T>(acc, rest[k], b);
-    }
-    wgmma_finish();
-    wgmma_settle(acc);
-    release(at.stage);
-    at.advance();
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int k = 0; k < TILE_K / 16; ++k)
+        wgmma<T>(acc, tile_descriptor(shared.x(at.stage, tile) + 32 * k),
+                 tile_descriptor(shared.weight(step, tile) + 32 * k));
+    wgmma_commit();
+    // The products of the step before are over once those of this one are all that is under way.
+    wgmma_wait<1>();
+    if (before >= 0) release(before);
+    before = at.stage;
   }
+  pass_on();
+  wgmma_wait<0>();
+  wgmma_settle(acc);
+  release(before);
 }
 
 // The words of four neighbouring lanes as a 4 × 4 matrix, transposed: from two columns out of every
@@ -277,171 +282,228 @@ __device__ inline void transpose(uint32_t (&word)[4], uint32_t lane) {
   }
 }
 
-// y and LN(y) of the warp's 16 rows of a band, and their statistics; `turn` counts this cluster's
-// bands.
-template <typename T, int GROUPS, int WIDTH, int RANK>
-__device__ void finish(const Arguments<GROUPS>& p, const Shared<WIDTH, RANK>& shared, int slice,
-                       int turn, const Band& band, const float (&acc)[WIDTH / 2]) {
-  constexpr int CHUNKS = WIDTH / 32;
-  const auto& rest = *shared.rest;
+// y and LN(y) of the warp's 16 rows of a band, and their statistics; `turn` counts this consumer's
+// bands. A lane has two rows, `half` of them each, and in each group of eight columns two.
+//
+// Long sums are four sums side by side, as an addition takes as long as four that do not wait for
+// each other.
+template <typename T, int GROUPS, int WIDTH>
+__device__ void finish(const Arguments<GROUPS>& p, const Shared<WIDTH, GROUPS>& shared, int slice,
+                       int consumer, int turn, const Band& band, float (&y)[WIDTH / 2]) {
+  constexpr int N = WIDTH / 8;
+  const auto& vectors = shared.vectors(consumer);
   const uint32_t lane = threadIdx.x % 32, quad = lane / 4, member = lane % 4;
-  const int warp = threadIdx.x / 32 - 4;
-  const int set = turn % 2;
+  const int warp = threadIdx.x / 32 % WARPS;
   const auto columns = [&](int s) { return float(min(WIDTH, p.cols - s * WIDTH)); };
-  // This lane's columns: 32 g + 8 member … + 7 of the slice, for all g; its rows: two.
-  const auto has = [&](int g) { return slice * WIDTH + g * 32 + int(member) * 8 < p.cols; };
-  const auto sum_of_four = [](float x) {
+  const int groups = min(N, (p.cols - slice * WIDTH) / 8);  // that are not beyond the last column
+  const auto of_four = [](float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
   };
-  uint32_t y[2][CHUNKS][4];
-#pragma unroll
-  for (int g = 0; g < CHUNKS; ++g) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int n = 4 * g + j;
-      const float2 bias = *reinterpret_cast<const float2*>(&rest.bias[8 * n + 2 * member]);
-      y[0][g][j] = pack<T>(acc[4 * n] + bias.x, acc[4 * n + 1] + bias.y);
-      y[1][g][j] = pack<T>(acc[4 * n + 2] + bias.x, acc[4 * n + 3] + bias.y);
-    }
-    transpose(y[0][g], lane);
-    transpose(y[1][g], lane);
-  }
+  const auto pair = [&](const float (&vector)[WIDTH], int n) {
+    return *reinterpret_cast<const float2*>(&vector[8 * n + 2 * member]);
+  };
 
-  const uint32_t statistics_full = shared_address(&rest.statistics_full[set][warp]);
+  float sums[2][4] = {};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const float2 bias = pair(vectors.bias, n);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& first = y[4 * n + 2 * half];
+      float& second = y[4 * n + 2 * half + 1];
+      const float2 rounded = unpack<T>(pack<T>(first + bias.x, second + bias.y));
+      first = rounded.x, second = rounded.y;
+      sums[half][n % 4] += first + second;  // zeros beyond the last column
+    }
+  }
   float2 of_slice[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float total = 0, squares = 0;
-#pragma unroll
-    for (int g = 0; g < CHUNKS; ++g)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 value = unpack<T>(y[half][g][j]);
-        if (has(g)) total += value.x + value.y;
-      }
-    const float mean = __fdividef(sum_of_four(total), columns(slice));
-#pragma unroll
-    for (int g = 0; g < CHUNKS; ++g)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 value = unpack<T>(y[half][g][j]);
-        const float a = value.x - mean, b = value.y - mean;
-        if (has(g)) squares += a * a + b * b;
-      }
-    of_slice[half] = {mean, sum_of_four(squares)};
+    const float (&sum)[4] = sums[half];
+    const float total = of_four((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    of_slice[half].x = __fdividef(total, columns(slice));
   }
-  // The four lanes of a row all know its statistics: each sends them to every fourth CTA.
-  const int in_band = warp * 16 + int(quad);
-  if (lane == 0) arrive_expecting(statistics_full, 16 * p.slices * sizeof(float2));
-  for (uint32_t peer = member; peer < uint32_t(p.slices); peer += 4)
+  float squares[2][4] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      send(shared_address(&rest.statistics[set][slice][in_band + 8 * half]), peer, of_slice[half],
-           statistics_full);
-
-  const int rows[2] = {band.row + in_band, band.row + in_band + 8};
-  const auto start = [&](void* matrix, int half) {
-    return static_cast<T*>(matrix) + int64_t(rows[half]) * p.cols + slice * WIDTH + member * 8;
-  };
+  for (int n = 0; n < N; ++n) {
+    if (n >= groups) break;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float a = y[4 * n + 2 * half] - of_slice[half].x;
+      const float b = y[4 * n + 2 * half + 1] - of_slice[half].x;
+      squares[half][n % 4] += a * a + b * b;
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* const to = start(p.y, half);
-#pragma unroll
-    for (int g = 0; g < CHUNKS; ++g)
-      if (rows[half] < band.stop && has(g)) store_16_bytes(to + g * 32, y[half][g]);
+    const float (&sum)[4] = squares[half];
+    of_slice[half].y = of_four((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 
+  // The statistics go to all other CTAs, a warp's in one piece to each. Those which lie there are of
+  // the turn before the last, and no longer needed: that CTA released one of the last 3 · steps
+  // stages, so it is not further behind than two bands, and as bands are begun in turn, this consumer
+  // has begun its last one there.
+  const int set = turn % 2, in_band = warp * 16 + int(quad);
+  const uint32_t statistics_full =
+      shared_address(&shared.rest->statistics_full[consumer][set][warp]);
+  float2* const own = shared.statistics(consumer, set, p.slices, slice);
+  if (member == 0) {
+    own[in_band] = of_slice[0];
+    own[in_band + 8] = of_slice[1];
+  }
+  constexpr uint32_t PIECE = 16 * sizeof(float2);
+  if (lane == 0) arrive_expecting(statistics_full, (p.slices - 1) * PIECE);
+  fence_before_copies();
+  __syncwarp();
+  if (lane < uint32_t(p.slices) && lane != uint32_t(slice))
+    send(shared_address(own + warp * 16), lane, PIECE, statistics_full);
+
+  // A lane stores the group of its number out of every four.
+  const int rows[2] = {band.row + in_band, band.row + in_band + 8};
+  const auto store = [&](void* matrix, int half, int n, uint32_t (&word)[4]) {
+    const int group = n + int(member);
+    T* const to = static_cast<T*>(matrix) + int64_t(rows[half]) * p.cols + slice * WIDTH + group * 8;
+    transpose(word, lane);
+    if (rows[half] < band.stop && group < groups) store_16_bytes(to, word);
+  };
+#pragma unroll
+  for (int n = 0; n < N; n += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        word[i] = pack<T>(y[4 * (n + i) + 2 * half], y[4 * (n + i) + 2 * half + 1]);
+      store(p.y, half, n, word);
+    }
+
+  // Every lane of a row takes every fourth slice: all CTAs add up in the same order.
   wait(statistics_full, turn / 2 % 2);
+  constexpr int OWN = MAX_SLICES / 4;
   float mean[2], rstd[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float centre = 0, squares = 0;
-#pragma unroll 1
-    for (int s = 0; s < p.slices; ++s)
-      centre += columns(s) * rest.statistics[set][s][in_band + 8 * half].x;
-    centre *= p.per_column;
-#pragma unroll 1
-    for (int s = 0; s < p.slices; ++s) {
-      const float2 part = rest.statistics[set][s][in_band + 8 * half];
-      squares += part.y + columns(s) * (part.x - centre) * (part.x - centre);
+    float2 part[OWN];
+    float count[OWN], centre = 0, square = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const int s = int(member) + 4 * i;
+      const bool is = s < p.slices;
+      part[i] = is ? shared.statistics(consumer, set, p.slices, s)[in_band + 8 * half] : float2{};
+      count[i] = is ? columns(s) : 0;
+      centre += count[i] * part[i].x;
     }
-    mean[half] = centre;
-    rstd[half] = rsqrtf(squares * p.per_column + p.eps);
+    mean[half] = of_four(centre) * p.per_column;
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+      const float off = part[i].x - mean[half];
+      square += part[i].y + count[i] * off * off;
+    }
+    rstd[half] = rsqrtf(of_four(square) * p.per_column + p.eps);
     if (slice == 0 && member == 0 && rows[half] < band.stop) {
       p.mean[rows[half]] = mean[half];
       p.rstd[rows[half]] = rstd[half];
     }
   }
 
-  T* const normed[2] = {start(p.normed, 0), start(p.normed, 1)};
 #pragma unroll
-  for (int g = 0; g < CHUNKS; ++g) {
-    float weight[8], bias[8];
+  for (int n = 0; n < N; n += 4) {
+    uint32_t word[2][4];
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const int column = g * 32 + int(member) * 8 + i;
-      *reinterpret_cast<float4*>(weight + i) =
-          *reinterpret_cast<const float4*>(&rest.norm_weight[column]);
-      *reinterpret_cast<float4*>(bias + i) =
-          *reinterpret_cast<const float4*>(&rest.norm_bias[column]);
-    }
+    for (int i = 0; i < 4; ++i) {
+      const float2 weight = pair(vectors.norm_weight, n + i), bias = pair(vectors.norm_bias, n + i);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t word[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 value = unpack<T>(y[half][g][j]);
-        word[j] = pack<T>((value.x - mean[half]) * rstd[half] * weight[2 * j] + bias[2 * j],
-                          (value.y - mean[half]) * rstd[half] * weight[2 * j + 1] + bias[2 * j + 1]);
+      for (int half = 0; half < 2; ++half) {
+        const float first = y[4 * (n + i) + 2 * half], second = y[4 * (n + i) + 2 * half + 1];
+        word[half][i] = pack<T>((first - mean[half]) * rstd[half] * weight.x + bias.x,
+                                (second - mean[half]) * rstd[half] * weight.y + bias.y);
       }
-      if (rows[half] < band.stop && has(g)) store_16_bytes(normed[half] + g * 32, word);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) store(p.normed, half, n, word[half]);
   }
 }
 
-template <typename T, int WIDTH, int RANK, int GROUPS>
+template <typename T, int WIDTH, int GROUPS>
 __global__ void __launch_bounds__(THREADS, 1)
     stitch_layer_norm_sm90_kernel(const __grid_constant__ Arguments<GROUPS> p) {
-  using S = Shared<WIDTH, RANK>;
-  const S shared(shared_memory());
+  using S = Shared<WIDTH, GROUPS>;
+  const S shared(shared_memory(), p.steps, p.stages);
   const int slice = int(cluster_rank());
 
   if (threadIdx.x < p.groups) prefetch(&p.group[threadIdx.x].weight);
   if (threadIdx.x == 0) {
     prefetch(&p.x);
-    for (int stage = 0; stage < S::STAGES; ++stage) {
+    for (int stage = 0; stage < p.stages; ++stage) {
       barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), p.slices * CONSUMER_WARPS);
+      barrier_init(shared.empty(stage), WARPS);
     }
-    for (auto& set : shared.rest->statistics_full)
-      for (uint64_t& barrier : set) barrier_init(shared_address(&barrier), 1);
+    for (int turn = 0; turn < MAX_STAGES; ++turn)
+      barrier_init(shared.free_everywhere(turn), p.slices);
+    for (int step = 0; step < p.steps; ++step) barrier_init(shared.weight_full(step), 1);
+    barrier_init(shared.weight_empty(), CONSUMERS * WARPS);
+    for (auto& consumer : shared.rest->statistics_full)
+      for (auto& set : consumer)
+        for (uint64_t& barrier : set) barrier_init(shared_address(&barrier), 1);
     fence_barrier_init();
   }
   // No CTA sends anything to one that has not begun.
   cluster_sync();
+  wait_for_kernel_before();
 
-  const int clusters = gridDim.x / p.slices;
-  int index = blockIdx.x / p.slices;
-  Band band;
-  typename S::Position at;
+  // Adjacent bands, so that a cluster changes groups as seldom as can be.
+  const int clusters = gridDim.x / p.slices, cluster = blockIdx.x / p.slices;
+  const Bands<GROUPS> bands(p);
+  const int64_t count = bands.count();
+  const int first = int(count * cluster / clusters), last = int(count * (cluster + 1) / clusters);
+  int group = -1;
+  uint32_t parity = 1;  // of the barriers of the group's W
   if (threadIdx.x < WARPGROUP) {
     give_registers_back<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32)
-      for (; find(p, index, band); index += clusters)
-        if (threadIdx.x == 0) load(p, shared, slice, band, at);
+    Sequence at(p.stages, p.slices);
+    if (threadIdx.x < 64)
+      for (int index = first; index < last; ++index) {
+        const Band band = bands.at(index);
+        const bool fresh = band.group != group;
+        if (fresh) parity ^= 1;
+        if (threadIdx.x == 0) {
+          if (fresh) wait(shared.weight_empty(), parity ^ 1);
+          announce(p, shared, slice, band, fresh, at);
+        } else if (threadIdx.x == 32) {
+          fetch(p, shared, slice, band, at);
+        }
+        group = band.group;
+      }
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) - 1;
-    int group = -1;
-    for (int turn = 0; find(p, index, band); index += clusters, ++turn) {
+    Ring at(p.stages);
+    const int consumer = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0) - 1;
+    int turn = 0;
+    for (int index = first; index < last; ++index) {
+      const Band band = bands.at(index);
       if (band.group != group) {
+        // The one before is done with, also by a consumer that had no band of it; and nobody goes
+        // on by two groups while others are at the first.
+        if (group >= 0 && threadIdx.x % 32 == 0) arrive(shared.weight_empty());
+        parity ^= 1;
+        wait(shared.weight_full(0), parity);
         group = band.group;
-        take_vectors(p.group[group], shared, slice * WIDTH, p.cols);
+        take_vectors(p.group[group], shared, consumer, slice * WIDTH, p.cols);
       }
+      if ((index - first) % CONSUMERS != consumer) {
+        at.skip(p.steps);
+        continue;
+      }
+      // Strictly in turn: who waits for a phase of a barrier must have seen the end of the last one,
+      // or know somebody who has.
+      if (index > first) consumer_sync<2 * WARPGROUP>(TURNS + consumer);
       float acc[WIDTH / 2];
-      multiply<T>(p.k_steps, p.slices, p.group[group].scaling, shared, warpgroup, at, acc);
-      finish<T>(p, shared, slice, turn, band, acc);
+      multiply<T>(p, shared, parity, at, acc, [&] {
+        if (index + 1 < last) consumer_arrive<2 * WARPGROUP>(TURNS + (consumer + 1) % CONSUMERS);
+      });
+      finish<T>(p, shared, slice, consumer, turn++, band, acc);
     }
   }
   // No CTA ends while another may still send to it.

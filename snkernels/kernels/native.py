@@ -375,61 +375,22 @@ def _rows_per_scale(rows: Tensor, drop_path_scale: Tensor | None) -> int:
     return max(rows.shape[0] // max(samples, 1), 1)
 
 
-def cuda_bias_layer_norm(
-    gemm: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, LN(y), mean, 1/σ) of y = gemm + bias, for a contiguous (M, N ≤ 2048) matrix on a GPU.
-
-    Never run on a GPU yet: compiled only.
-    """
-    rows, features = gemm.shape
-    if features > 2048:
-        raise ValueError(f"the cuda backend takes up to 2048 features, but gemm has {features}")
-    y, normed = torch.empty_like(gemm), torch.empty_like(gemm)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=gemm.device) for _ in range(2))
-    vectors = (None if v is None else v.contiguous() for v in (bias, norm_weight, norm_bias))
-    bias, norm_weight, norm_bias = vectors
-    _C.cuda_bias_layer_norm(
-        _cuda_view("gemm", gemm.contiguous(), rows, features),
-        _cuda_view("bias", bias, 1, features),
-        _cuda_view("norm_weight", norm_weight, 1, features),
-        _cuda_view("norm_bias", norm_bias, 1, features),
-        eps,
-        _cuda_view("y", y, rows, features),
-        _cuda_view("normed", normed, rows, features),
-        _cuda_view("mean", mean, 1, rows),
-        _cuda_view("rstd", rstd, 1, rows),
-        gemm.device.index,
-        torch.cuda.current_stream(gemm.device).cuda_stream,
-    )
-    return y, normed, mean, rstd
-
-
 def cluster_kernel_obstacle(
-    x: Tensor, weights: Sequence[Tensor | None], lora_As: Sequence[Tensor | None]
+    x: Tensor, weights: Sequence[Tensor | None], grouped: bool = False
 ) -> str | None:
-    """Why the Hopper kernel does not take these operands, W and A of each group; None if it does.
+    """Why the Hopper kernel does not take these operands, W of each group; None if it does.
 
-    There must be a group.
-
-    :func:`cuda_stitch_layer_norm` is a call with one group.
+    There must be a group. :func:`cuda_stitch_layer_norm` is a call that is not grouped.
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {x.dtype}"
-    rank = 0
-    for weight, lora_A in zip(weights, lora_As, strict=True):
-        if weight is None:
-            return "it projects every group, but one is the identity"
-        out_features, in_features = weight.shape
-        if in_features % 8 or out_features % 8 or not in_features or not 0 < out_features <= 2048:
-            return f"it takes multiples of 8, up to 2048 out, not {out_features} from {in_features}"
-        rank = max(rank, 0 if lora_A is None else lora_A.shape[0])
-    if rank > 64:
-        return f"it takes ranks up to 64, not {rank}"
+    if any(weight is None for weight in weights):
+        return "it projects every group, but one is the identity"
+    out_features, in_features = weights[0].shape  # type: ignore[union-attr]
+    if in_features % 8 or out_features % 8 or not in_features or not out_features:
+        return f"it takes multiples of 8 features, not {out_features} from {in_features}"
+    if _C.cuda_sm90_kernel_for(in_features, out_features, grouped) is None:
+        return f"W is too large for it: {out_features} features from {in_features}"
     if x.shape[0] > 2**31 - 128:
         return f"it takes up to 2³¹ − 128 rows, not {x.shape[0]}"
     capability = torch.cuda.get_device_capability(x.device)
@@ -451,10 +412,8 @@ def cuda_stitch_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, LN(y), mean, 1/σ) by one Hopper kernel; see :mod:`snkernels.reference`.
 
-    W, A and B are cast to the dtype of x first, in a pass of their own where they are of another;
-    a frozen W is best kept in the dtype of x. Scaling · x Aᵀ is not rounded to that dtype.
-
-    Never run on a GPU yet: compiled, and its source run on a stand-in machine in the tests.
+    W + scaling · B A is merged first, in a launch of its own, and rounded once to the dtype of x.
+    So is a W of another dtype; a frozen one without a low-rank part is best kept in that of x.
 
     Raises:
         ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
@@ -470,13 +429,11 @@ def cuda_multi_stitch_layer_norm(
     scalings: Sequence[float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same kernel over groups of rows, 32 of them in a launch; ``tensors`` holds six of each.
+    """The same kernels over groups of rows, 32 of them in a launch; ``tensors`` holds six of each.
 
     Offsets in device memory are read by the kernel alone, so nobody waits for them, and a captured
     graph goes by those that it finds when it is replayed; those of a list go into the launch.
     Rows that belong to no group are not written.
-
-    Never run on a GPU yet: compiled, and its source run on a stand-in machine in the tests.
 
     Raises:
         ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
@@ -494,23 +451,25 @@ def _cluster_kernel(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tensors``: W, b, A, B, norm weight and norm bias of each group."""
-    if obstacle := cluster_kernel_obstacle(x, tensors[::6], tensors[2::6]):
+    weights = tensors[::_TENSORS]
+    if obstacle := cluster_kernel_obstacle(x, weights, group_offsets is not None):
         raise ValueError(f"the Hopper kernel cannot run: {obstacle}")
-    # Until the launch, or one copy's memory would be given to the next.
+    (rows, in_features), features = x.shape, weights[0].shape[0]  # type: ignore[union-attr]
+    device, stream = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    # Until the launches, or one copy's memory would be given to the next.
     kept: list[Tensor] = []
 
-    def operand(name: str, tensor: Tensor | None, rows: int, cols: int) -> View | None:
-        """In the dtype of x, in rows that begin at multiples of 16 bytes, as they are copied."""
-        if tensor is None:
-            return None
-        tensor = tensor.to(x.dtype)
-        if tensor.shape[-1] % 8:
-            tensor = torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 8))
+    def matrix(name: str, tensor: Tensor, dtype: torch.dtype, rows: int, cols: int) -> View | None:
+        """Rows that begin and end at multiples of 16 bytes, as they are copied; zeros beyond."""
+        tensor = tensor.to(dtype)
+        if tensor.shape != (rows, cols):
+            height, width = tensor.shape
+            tensor = torch.nn.functional.pad(tensor, (0, cols - width, 0, rows - height))
         tensor = tensor.contiguous()
         if tensor.data_ptr() % 16:
             tensor = tensor.clone()
         kept.append(tensor)
-        return _cuda_view(name, tensor, rows, cols + -cols % 8)
+        return _cuda_view(name, tensor, rows, cols)
 
     def vector(name: str, tensor: Tensor | None) -> View | None:
         if tensor is None:
@@ -518,34 +477,51 @@ def _cluster_kernel(
         kept.append(tensor.contiguous())
         return _cuda_view(name, kept[-1], 1, features)
 
-    (rows, in_features), features = x.shape, tensors[0].shape[0]  # type: ignore[union-attr]
-    stitches = []
-    for i, scaling in enumerate(scalings):
-        weight, bias, lora_A, lora_B, norm_weight, norm_bias = tensors[6 * i : 6 * (i + 1)]
-        rank = 0 if lora_A is None else lora_A.shape[0]
-        stitches.append(
+    sources = [tensor for i in (0, 2, 3) for tensor in tensors[i::_TENSORS] if tensor is not None]
+    if len(sources) > len(weights) or any(tensor.dtype != x.dtype for tensor in sources):
+        all_fp32 = all(tensor.dtype == torch.float32 for tensor in sources)
+        dtype = torch.float32 if all_fp32 else x.dtype
+        stitches = []
+        for i, scaling in enumerate(scalings):
+            weight, _, lora_A, lora_B, *_ = tensors[_TENSORS * i :]
+            assert weight is not None
+            low_rank: tuple[View | None, View | None] = None, None
+            if lora_A is not None and lora_B is not None:
+                rank = -(-lora_A.shape[0] // 8) * 8
+                low_rank = (
+                    matrix("lora_A", lora_A, dtype, rank, in_features),
+                    matrix("lora_B", lora_B, dtype, features, rank),
+                )
+            own = matrix("weight", weight, dtype, features, in_features)
+            stitches.append((own, *low_rank, scaling))
+        merged = x.new_empty(len(weights) * features, in_features)
+        _C.cuda_merge(stitches, _cuda_view("merged", merged, *merged.shape), device, stream)
+        weights = merged.split(features)
+
+    projections = []
+    for i, weight in enumerate(weights):
+        _, bias, _, _, norm_weight, norm_bias = tensors[_TENSORS * i : _TENSORS * (i + 1)]
+        assert weight is not None
+        projections.append(
             (
-                operand("weight", weight, features, in_features),
+                matrix("weight", weight, x.dtype, features, in_features),
                 vector("bias", bias),
-                operand("lora_A", lora_A, rank, in_features),
-                operand("lora_B", lora_B, features, rank),
-                scaling,
                 vector("norm_weight", norm_weight),
                 vector("norm_bias", norm_bias),
             )
         )
     y, normed, mean, rstd = norm_outputs(x, features)
     _C.cuda_stitch_layer_norm_sm90(
-        operand("x", x, rows, in_features),
+        matrix("x", x, x.dtype, rows, in_features),
         0 if group_offsets is None else group_offsets.data_ptr(),
         group_offsets is not None and group_offsets.is_cpu,
-        stitches,
+        projections,
         eps,
         _cuda_view("y", y, rows, features),
         _cuda_view("normed", normed, rows, features),
         _cuda_view("mean", mean, 1, rows),
         _cuda_view("rstd", rstd, 1, rows),
-        y.device.index,
-        torch.cuda.current_stream(y.device).cuda_stream,
+        device,
+        stream,
     )
     return y, normed, mean, rstd

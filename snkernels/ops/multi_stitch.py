@@ -224,6 +224,10 @@ def _of_stitch(
     return group.weight, group.bias, group.lora_A, group.lora_B, group.scaling
 
 
+_triton = triton_kernel("multi_stitch", "multi_stitch_forward")
+_triton_backward = triton_kernel("multi_stitch_backward", "multi_stitch_backward")
+
+
 @without_autocast
 def _cuda(
     x: Tensor,
@@ -234,10 +238,10 @@ def _cuda(
     normalize: bool,
     eps: float,
 ) -> Outputs:
-    weights, lora_As = tensors[::TENSORS], tensors[2::TENSORS]
-    if normalize and tensors and native.cluster_kernel_obstacle(x, weights, lora_As) is None:
+    weights = tensors[::TENSORS]
+    if normalize and tensors and native.cluster_kernel_obstacle(x, weights, grouped=True) is None:
         return native.cuda_multi_stitch_layer_norm(x, group_offsets, tensors, scalings, eps)
-    return _torch(x, group_offsets, tensors, scalings, out_features, normalize, eps)
+    return _triton(x, group_offsets, tensors, scalings, out_features, normalize, eps)
 
 
 _forward_op = register(
@@ -249,7 +253,7 @@ _forward_op = register(
     implementations={
         "torch": _located(_torch),
         "cpu": _located(native.multi_stitch_forward),
-        "triton": _located(triton_kernel("multi_stitch", "multi_stitch_forward")),
+        "triton": _located(_triton),
         "cuda": _located(_cuda),
     },
     check=_check,
@@ -262,9 +266,9 @@ _backward_op = register(
     implementations={
         "torch": _located(_torch_backward, 2),
         "cpu": _located(native.multi_stitch_backward, 2),
-        "triton": _located(triton_kernel("multi_stitch_backward", "multi_stitch_backward"), 2),
-        # Only the forward is compiled so far; its residuals are those of the torch backend.
-        "cuda": _located(_torch_backward, 2),
+        "triton": _located(_triton_backward, 2),
+        # Only the forward is in CUDA C++, and the residuals of all backends are the same.
+        "cuda": _located(_triton_backward, 2),
     },
     check=_check_backward,
 )

@@ -13,6 +13,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -51,8 +52,9 @@ struct Thread {
   Index thread, block;
   int cta;
   Warp* warp;
-  long exchanges = 0, syncs = 0, cta_syncs = 0, arrivals_in_flight = 0;
-  std::vector<std::function<void()>> products;
+  long exchanges = 0, syncs = 0, arrivals_in_flight = 0;
+  std::array<long, 6> cta_syncs{};  // by barrier
+  std::vector<std::vector<std::function<void()>>> products{1};  // by group; the last one is open
   long asleep_until = 0;
   std::function<bool()> ready = [] { return true; };
   bool over = false;
@@ -72,7 +74,7 @@ inline std::map<uint32_t, Barrier> barriers;
 inline std::vector<Operation> in_flight;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline long sync_arrivals;
-inline std::vector<long> cta_sync_arrivals;  // by CTA
+inline std::vector<std::array<long, 6>> cta_sync_arrivals;  // by CTA and barrier
 inline long now, last_event;  // in rounds of the scheduler
 
 // Mostly short, now and then longer than a band of rows takes.
@@ -129,7 +131,7 @@ inline void run_cluster(const std::function<void()>& kernel, int first, int ctas
   barriers.clear();
   threads.clear();
   sync_arrivals = 0;
-  cta_sync_arrivals.assign(ctas, 0);
+  cta_sync_arrivals.assign(ctas, {});
   std::vector<Warp> warps(ctas * threads_per_cta / 32);
   std::vector<long> start(ctas);
   for (long& moment : start) moment = now + random_delay();
@@ -240,4 +242,5 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   for (int lane = 0; lane < 32; ++lane) all |= votes[lane] << lane;
   return all;
 }
+inline void __syncwarp() { machine::exchange(0); }
 inline int __ffs(int word) { return __builtin_ffs(word); }

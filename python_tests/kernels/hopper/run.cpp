@@ -1,6 +1,6 @@
-// run DTYPE ROWS IN OUT CLUSTERS SEED RANK: one launch on the stand-in machine, judged against fp64.
-// run … RANK,RANK,… OFFSET,OFFSET,…: that many groups, each judged so; and each must equal, bit for
-// bit, a launch of its own rows and stitch alone. The offsets are in device memory if SEED is even.
+// run DTYPE WIDTH STAGES ROWS IN OUT CLUSTERS SEED: one launch on the stand-in machine, judged against
+// fp64. run … OFFSET,OFFSET,…: as many groups, each judged so; and each must equal, bit for bit, a
+// launch of its own rows and parameters alone. The offsets are in device memory if SEED is even.
 #include "machine.h"
 
 #include "cuda/stitch_layer_norm_sm90.h"
@@ -42,42 +42,26 @@ struct Output {
 };
 
 struct Case {
-  int rows, in, out, clusters, seed;
-  std::vector<int> ranks;
+  int width, stages, rows, in, out, clusters, seed;
   std::vector<int64_t> offsets;  // none: one group of all rows
 };
 
 template <typename T>
-struct Stitch {
-  int rank;
-  Matrix<T> weight, A, B, bias;
+struct Projection {
+  Matrix<T> weight, bias;
   Matrix<float> norm_weight, norm_bias;
-  float scaling;
-  Stitch(int in, int out, int rank, std::mt19937& source)
-      : rank(rank),
-        weight(out, in, 1 / std::sqrt(in), source),
-        A(rank, in, 1 / std::sqrt(in), source),
-        B(out, (rank + 7) / 8 * 8, 1, source),
+  Projection(int in, int out, std::mt19937& source)
+      : weight(out, in, 1 / std::sqrt(in), source),
         bias(1, out, 3, source),
         norm_weight(1, out, 1, source),
-        norm_bias(1, out, 1, source),
-        scaling(0.3f + float(source() % 8) / 8) {
-    for (int j = 0; j < out; ++j)
-      for (int k = rank; k < B.cols; ++k) B.data[j * B.cols + k] = T(0.f);
-  }
+        norm_bias(1, out, 1, source) {}
   // As the launcher does it (stitch_layer_norm_sm90.cu).
-  void describe(int width, int padded_rank, Group& group) const {
+  void describe(int width, Group& group) const {
     weight.map(group.weight, width);
-    if (padded_rank > 0) {
-      (rank > 0 ? A : weight).map(group.lora_A, padded_rank);
-      (rank > 0 ? B : weight).map(group.lora_B, width);
-      group.low_rank_row = rank > 0 ? 0 : weight.rows;
-    }
     const auto half = std::is_same_v<T, __half> ? snk::DType::f16 : snk::DType::bf16;
     group.bias = {bias.data.data(), half};
     group.norm_weight = {norm_weight.data.data(), snk::DType::f32};
     group.norm_bias = {norm_bias.data.data(), snk::DType::f32};
-    group.scaling = scaling;
   }
 };
 
@@ -105,25 +89,27 @@ struct Outputs {
 
 constexpr float EPS = 1e-5f;
 
-template <typename T, int WIDTH, int RANK, int GROUPS>
-Outputs launch(const Case& c, const Matrix<T>& x, const std::vector<const Stitch<T>*>& stitches,
+template <typename T, int WIDTH, int GROUPS>
+Outputs launch(const Case& c, const Matrix<T>& x, const std::vector<const Projection<T>*>& own,
                const int64_t* offsets, int first_row, int rows) {
   Outputs to(rows, c.out);
   Arguments<GROUPS> p{};
   machine::make_map(p.x, reinterpret_cast<const uint16_t*>(&x.data[size_t(first_row) * c.in]), rows,
                     c.in, BAND);
-  for (size_t i = 0; i < stitches.size(); ++i) stitches[i]->describe(WIDTH, RANK, p.group[i]);
-  p.groups = int(stitches.size());
+  for (size_t i = 0; i < own.size(); ++i) own[i]->describe(WIDTH, p.group[i]);
+  p.groups = int(own.size());
   if (c.seed % 2 == 0) p.offsets = offsets;
   else if (offsets != nullptr)
     for (int i = 0; i <= p.groups; ++i) p.known[i] = int(offsets[i]);
   p.y = to.y.data.data(), p.normed = to.normed.data.data();
   p.mean = reinterpret_cast<float*>(to.mean.data.data());
   p.rstd = reinterpret_cast<float*>(to.rstd.data.data());
-  p.rows = rows, p.cols = c.out, p.k_steps = (c.in + TILE_K - 1) / TILE_K, p.slices = slices(c.out);
+  p.rows = rows, p.cols = c.out, p.slices = (c.out + WIDTH - 1) / WIDTH;
+  p.steps = (c.in + STEP - 1) / STEP, p.stages = c.stages;
+  machine::check(p.stages < 3 * p.steps, "stages for three bands");
   p.eps = EPS, p.per_column = 1.0f / c.out;
-  machine::run([&] { stitch_layer_norm_sm90_kernel<T, WIDTH, RANK, GROUPS>(p); },
-               c.clusters * p.slices, p.slices, THREADS, Shared<WIDTH, RANK>::BYTES);
+  machine::run([&] { stitch_layer_norm_sm90_kernel<T, WIDTH, GROUPS>(p); }, c.clusters * p.slices,
+               p.slices, THREADS, Shared<WIDTH, GROUPS>::bytes(p.steps, p.stages, p.slices));
   machine::check(to.guarded(), "written behind an output");
   return to;
 }
@@ -136,17 +122,13 @@ struct Judge {
     if (!(error <= worst[what])) worst[what] = error;
   }
   template <typename T>
-  void row(const Matrix<T>& x, int i, const Stitch<T>& s, const Outputs& found) {
+  void row(const Matrix<T>& x, int i, const Projection<T>& s, const Outputs& found) {
     const double ulp = std::is_same_v<T, __half> ? 1.0 / 2048 : 1.0 / 256;  // half of a unit at 1
     const int in = x.cols, out = s.weight.rows;
-    std::vector<double> low(s.rank, 0.0);
-    for (int r = 0; r < s.rank; ++r)
-      for (int k = 0; k < in; ++k) low[r] += x.at(i, k) * s.A.at(r, k);
     double total = 0, squares = 0;
     for (int j = 0; j < out; ++j) {
       double expected = s.bias.at(0, j);
       for (int k = 0; k < in; ++k) expected += x.at(i, k) * s.weight.at(j, k);
-      for (int r = 0; r < s.rank; ++r) expected += double(s.scaling) * low[r] * s.B.at(j, r);
       const double value = float(found.y.template at<T>(size_t(i) * out + j));
       see(0, value, expected, ulp * std::abs(expected) + 1e-4);
       total += value;
@@ -167,22 +149,22 @@ struct Judge {
   }
 };
 
-template <typename T, int WIDTH, int RANK>
+template <typename T, int WIDTH>
 int run(const Case& c) {
   std::mt19937 source(c.seed);
   machine::random_source.seed(c.seed);
   const Matrix<T> x(c.rows, c.in, 1, source);
-  std::vector<Stitch<T>> stitches;
-  for (int rank : c.ranks) stitches.emplace_back(c.in, c.out, rank, source);
+  std::vector<Projection<T>> own;
+  for (size_t i = 0; i + 1 < std::max<size_t>(c.offsets.size(), 2); ++i)
+    own.emplace_back(c.in, c.out, source);
   Judge judge;
   if (c.offsets.empty()) {
-    const auto found = launch<T, WIDTH, RANK, 1>(c, x, {&stitches[0]}, nullptr, 0, c.rows);
-    for (int i = 0; i < c.rows; ++i) judge.row(x, i, stitches[0], found);
+    const auto found = launch<T, WIDTH, 1>(c, x, {&own[0]}, nullptr, 0, c.rows);
+    for (int i = 0; i < c.rows; ++i) judge.row(x, i, own[0], found);
   } else {
-    std::vector<const Stitch<T>*> all;
-    for (const auto& stitch : stitches) all.push_back(&stitch);
-    const auto found =
-        launch<T, WIDTH, RANK, MAX_GROUPS>(c, x, all, c.offsets.data(), 0, c.rows);
+    std::vector<const Projection<T>*> all;
+    for (const auto& projection : own) all.push_back(&projection);
+    const auto found = launch<T, WIDTH, MAX_GROUPS>(c, x, all, c.offsets.data(), 0, c.rows);
     int next = 0;
     const auto untouched = [&](int stop) {
       for (; next < stop; ++next)
@@ -194,9 +176,8 @@ int run(const Case& c) {
       if (start >= stop) continue;
       untouched(start);
       next = stop;
-      for (int i = start; i < stop; ++i) judge.row(x, i, stitches[g], found);
-      const auto alone =
-          launch<T, WIDTH, RANK, 1>(c, x, {all[g]}, nullptr, start, stop - start);
+      for (int i = start; i < stop; ++i) judge.row(x, i, own[g], found);
+      const auto alone = launch<T, WIDTH, 1>(c, x, {all[g]}, nullptr, start, stop - start);
       machine::check(found.equal(start, stop - start, alone), "not the bits of the group alone");
     }
     untouched(c.rows);
@@ -207,24 +188,22 @@ int run(const Case& c) {
   return std::all_of(worst, worst + 4, [](double error) { return error <= 1.01; }) ? 0 : 1;
 }
 
-template <typename T, int WIDTH>
-int run_for_rank(const Case& c) {
-  const int rank = *std::max_element(c.ranks.begin(), c.ranks.end());
-  if (rank == 0) return run<T, WIDTH, 0>(c);
-  if (rank <= 16) return run<T, WIDTH, 16>(c);
-  return run<T, WIDTH, 64>(c);
-}
 template <typename T>
 int run_for_width(const Case& c) {
-  return slice_width(c.out) == 192 ? run_for_rank<T, 192>(c) : run_for_rank<T, 256>(c);
+  switch (c.width) {
+    case 64: return run<T, 64>(c);
+    case 96: return run<T, 96>(c);
+    case 128: return run<T, 128>(c);
+  }
+  machine::check(false, "no such width");
+  return 1;
 }
 
-template <typename Number>
-std::vector<Number> numbers(const char* text) {
-  std::vector<Number> found;
+std::vector<int64_t> numbers(const char* text) {
+  std::vector<int64_t> found;
   for (const char* at = text; *at != 0; at += *at == ',') {
     char* end;
-    found.push_back(Number(std::strtoll(at, &end, 10)));
+    found.push_back(std::strtoll(at, &end, 10));
     machine::check(end != at, "a list of numbers is malformed");
     at = end;
   }
@@ -234,11 +213,11 @@ std::vector<Number> numbers(const char* text) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  machine::check(argc == 8 || argc == 9, "run DTYPE ROWS IN OUT CLUSTERS SEED RANKS [OFFSETS]");
+  machine::check(argc == 9 || argc == 10,
+                 "run DTYPE WIDTH STAGES ROWS IN OUT CLUSTERS SEED [OFFSETS]");
   const auto number = [&](int i) { return std::atoi(argv[i]); };
-  Case c{number(2), number(3), number(4), number(5), number(6), numbers<int>(argv[7]), {}};
-  if (argc == 9) c.offsets = numbers<int64_t>(argv[8]);
-  machine::check(c.ranks.size() == (argc == 9 ? c.offsets.size() - 1 : 1), "a rank for each group");
+  Case c{number(2), number(3), number(4), number(5), number(6), number(7), number(8), {}};
+  if (argc == 10) c.offsets = numbers(argv[9]);
   return std::string(argv[1]) == "float16" ? run_for_width<__half>(c)
                                            : run_for_width<__nv_bfloat16>(c);
 }

@@ -28,11 +28,18 @@ inline void cluster_sync() {
 }
 
 template <int COUNT>
-void consumer_sync() {
-  long& arrivals = machine::cta_sync_arrivals[current->cta];
-  const long needed = COUNT * ++current->cta_syncs;
+void consumer_sync(int id) {
+  long& arrivals = machine::cta_sync_arrivals[current->cta].at(id);
+  const long needed = COUNT * ++current->cta_syncs.at(id);
   machine::check(++arrivals <= needed, "a thread too many at a barrier");
   machine::wait_until([&arrivals, needed] { return arrivals >= needed; });
+}
+
+template <int COUNT>
+void consumer_arrive(int id) {
+  const long needed = COUNT * ++current->cta_syncs.at(id);
+  machine::check(++machine::cta_sync_arrivals[current->cta].at(id) <= needed,
+                 "a thread too many at a barrier");
 }
 
 inline void barrier_init(uint32_t address, uint32_t arrivals) {
@@ -41,9 +48,15 @@ inline void barrier_init(uint32_t address, uint32_t arrivals) {
   std::memset(machine::at(address), 0, 8);
 }
 inline void fence_barrier_init() {}
+inline void wait_for_kernel_before() {}
 inline void arrive_expecting(uint32_t address, uint32_t bytes) {
   auto& b = barrier(address);
   b.bytes += int(bytes);
+  --b.missing;
+  machine::settle(b);
+}
+inline void arrive(uint32_t address) {
+  auto& b = barrier(address);
   --b.missing;
   machine::settle(b);
 }
@@ -67,14 +80,18 @@ inline void wait(uint32_t address, uint32_t parity) {
   machine::wait_until([&b = barrier(address), parity] { return b.phase != parity; });
 }
 
-inline void send(uint32_t address, uint32_t rank, float2 value, uint32_t full) {
+inline void fence_before_copies() {}
+inline void send(uint32_t address, uint32_t rank, uint32_t bytes, uint32_t full) {
   const uint32_t to = remote_address(address, rank), remote = remote_address(full, rank);
+  machine::check(address % 16 == 0 && bytes % 16 == 0, "a copy is not aligned");
+  std::memset(machine::at(to), 0xff, bytes);
   machine::later(remote, [=] {
-    std::memcpy(machine::at(to), &value, 8);
-    count_bytes(remote, 8);
+    std::memcpy(machine::at(to), machine::at(address), bytes);
+    count_bytes(remote, int(bytes));
   });
 }
 inline void prefetch(const CUtensorMap*) {}
+inline void prefetch_tile(const CUtensorMap*, int, int) {}
 inline void load_tile(uint32_t to, const CUtensorMap* description, int col, int row, uint32_t full,
                       uint16_t ctas) {
   machine::Map map;

@@ -31,7 +31,7 @@ void accumulate(float (&d)[SIZE], const float (&a)[2][16], uint64_t b) {
 template <typename T, int SIZE>
 void wgmma(float (&d)[SIZE], uint64_t a, uint64_t b) {
   const int row = int(threadIdx.x) % 128 / 32 * 16 + int(threadIdx.x) % 32 / 4;
-  current->products.push_back([&d, a, b, row] {
+  current->products.back().push_back([&d, a, b, row] {
     float rows[2][16];
     for (int k = 0; k < 16; ++k) {
       rows[0][k] = operand<T>(a, row, k);
@@ -41,30 +41,16 @@ void wgmma(float (&d)[SIZE], uint64_t a, uint64_t b) {
   });
 }
 
-template <typename T, int SIZE>
-void wgmma(float (&d)[SIZE], const uint32_t (&a)[4], uint64_t b) {
-  current->products.push_back([&d, &a, b] {
-    const int first = int(threadIdx.x) % 32 / 4 * 4;
-    float rows[2][16];
-    for (int reg = 0; reg < 4; ++reg)
-      for (int member = 0; member < 4; ++member) {
-        const uint32_t word = machine::exchange(a[reg], first + member);
-        T pair[2];
-        std::memcpy(pair, &word, 4);
-        for (int odd = 0; odd < 2; ++odd)
-          rows[reg % 2][reg / 2 * 8 + member * 2 + odd] = float(pair[odd]);
-      }
-    accumulate<T>(d, rows, b);
-  });
-}
-
 inline void wgmma_fence() {}
-inline void wgmma_finish() {
+inline void wgmma_commit() { current->products.emplace_back(); }
+template <int COUNT>
+void wgmma_wait() {
   machine::wait_until([moment = machine::now + machine::random_delay() / 4] {
     return machine::now >= moment;
   });
-  for (auto& product : current->products) product();
-  current->products.clear();
+  auto& groups = current->products;
+  for (; groups.size() > COUNT + 1; groups.erase(groups.begin()))
+    for (auto& product : groups.front()) product();
   machine::exchange(0, 0);  // the lanes of a warp wait together
 }
 template <typename Registers>
