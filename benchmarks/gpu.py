@@ -2,15 +2,15 @@
 
     python -m benchmarks.gpu --out gpu-run
 
-Builds and installs the package, runs the tests on the GPU (every kernel's in a process of its own,
-as a kernel that reads where it must not breaks all later work of its process), writes the record,
-times the model layer, and lets compute-sanitizer look at every kernel. Each stage has a budget; one
-that fails or is cut off does not hold up the others, but a kernel whose tests failed is not timed.
-At the end stand a table of the stages, and in the folder record.json and model.json with their
-tables and plots, stages.json and log.txt.
+Builds the package, runs the tests on the GPU (every kernel's in a process of its own, as a kernel
+that reads where it must not breaks all later work of its process) while compute-sanitizer looks at
+every kernel, writes the record, and times the model layer. Each stage has a budget; one that fails
+or is cut off does not hold up the others, but a kernel whose tests failed is not timed. At the end
+stand a table of the stages, and in the folder record.json and model.json with their tables and
+plots, stages.json and log.txt.
 
-It needs pip, a CUDA toolkit, and the packages of ``pip install .[dev]``; nothing is fetched. It has
-never run on a GPU yet: its logic is tested with stages that only pretend.
+It needs pip, a CUDA toolkit, and the packages of ``pip install .[dev]``; nothing is fetched. The
+package is installed as editable, as the benchmarks run from this folder.
 """
 
 import argparse
@@ -42,9 +42,10 @@ from snkernels.ops.library import OFFERED
 SECONDS = 520.0
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck")
+# Of the time behind the build.
+TESTING = 0.4
 # Most wanted first: what runs out of time is at the end.
-SANITIZING = 110.0  # seconds for compute-sanitizer, whose tools run side by side
-RECORDED = ("stitch_layer_norm", "multi_stitch", "residual_layer_norm", "stitch")
+RECORDED = ("stitch_layer_norm", "residual_layer_norm", "multi_stitch")
 
 Outcome = Literal["passed", "failed", "timed out", "left out"]
 
@@ -227,7 +228,7 @@ def _end(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
 
 def build() -> Stage:
     """Insists on CUDA: without it there would be nothing to see here."""
-    pip = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--force-reinstall", "."]
+    pip = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     return Stage("build", [sys.executable, *pip], 170, {"SNKERNELS_CUDA": "ON"})
 
 
@@ -241,10 +242,9 @@ def tests_of(op: str, backend: str) -> str:
     return f"tests of {op}, {backend}"
 
 
-def tests() -> list[Stage]:
+def tests(seconds: float) -> list[Stage]:
     """The tests of each kernel, and the others; at once, as most of their time is compiling."""
-    # -P: not from the sources in this folder, but the package that was installed.
-    pytest = [sys.executable, "-P", "-m", "pytest", "-v", "--tb=short"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short"]
     ops = [*pytest, "-n", "3", "python_tests/ops"]
     device = {"SNKERNELS_TEST_DEVICE": "cuda"}
     others = (
@@ -254,28 +254,28 @@ def tests() -> list[Stage]:
     )
     return [
         *(
-            Stage(tests_of(op, backend), ops, 170, device | {"SNKERNELS_TEST_KERNEL": kernel})
+            Stage(tests_of(op, backend), ops, seconds, device | {"SNKERNELS_TEST_KERNEL": kernel})
             for op, backend in kernels()
             for kernel in [f"{op}:{backend}"]
         ),
-        Stage("tests of ops, others", ops, 170, device | {"SNKERNELS_TEST_KERNEL": "none"}),
-        *(Stage(f"tests: {path}", [*pytest, path], 170, device) for path in others),
+        Stage("tests of ops, others", ops, seconds, device | {"SNKERNELS_TEST_KERNEL": "none"}),
+        *(Stage(f"tests: {path}", [*pytest, path], seconds, device) for path in others),
     ]
 
 
-def preparations() -> list[Stage]:
+def preparations(seconds: float) -> list[Stage]:
     """torch.compile's work, done while the tests run, from whose caches the record takes it."""
     record = [sys.executable, "-m", "benchmarks.record", "--prepare", "--ops"]
-    return [Stage(f"compile for {op}", [*record, op], 170) for op in RECORDED]
+    return [Stage(f"compile for {op}", [*record, op], seconds) for op in RECORDED]
 
 
 def recording(op: str, out: Path, struck: Sequence[str], seconds: float) -> Stage:
     """One op's cases, added to the record, which may take 75 seconds at most."""
+    seconds = min(75.0, seconds)
     record = [sys.executable, "-m", "benchmarks.record", "--ops", op, "--out", str(out), "--add"]
-    record += ["--seconds", "0.4", "--limit", "50"]
-    return Stage(
-        f"record of {op}", [*record, *(["--struck", *struck] if struck else [])], min(75.0, seconds)
-    )
+    # A case takes as long again to check and to capture, and some ops have thirty.
+    record += ["--seconds", f"{seconds / 190:.2f}", "--limit", f"{0.8 * seconds:.0f}"]
+    return Stage(f"record of {op}", [*record, *(["--struck", *struck] if struck else [])], seconds)
 
 
 def modelling(out: Path, struck: Sequence[str], seconds: float) -> Stage:
@@ -287,7 +287,7 @@ def modelling(out: Path, struck: Sequence[str], seconds: float) -> Stage:
     return Stage("record of the model", model, seconds)
 
 
-def sanitizers(sanitizer: str) -> list[Stage]:
+def sanitizers(sanitizer: str, seconds: float) -> list[Stage]:
     """compute-sanitizer over small runs of every kernel, one process per tool."""
     run = [sys.executable, "-m", "benchmarks.every_kernel"]
     # The allocator would hide an access beyond a tensor inside its blocks.
@@ -296,7 +296,7 @@ def sanitizers(sanitizer: str) -> list[Stage]:
         Stage(
             f"compute-sanitizer {tool}",
             [sanitizer, "--tool", tool, "--error-exitcode", "9", *run],
-            SANITIZING,
+            seconds,
             environment,
         )
         for tool in TOOLS
@@ -325,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-run"), help="a folder; gpu-run")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--built", action="store_true", help="build nothing: all is built already")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No GPU: torch.cuda.is_available() is False here, so there is nothing to do.")
@@ -337,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as logs:
         run = Run(Path(logs), options.seconds)
         try:
-            _run(run, record, model)
+            _run(run, record, model, options.built)
         finally:
             run.save(out)
     if record.exists():
@@ -349,30 +350,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(result.outcome == "passed" for result in run.results) else 1
 
 
-def _run(run: Run, record: Path, model: Path) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if run.alone(build()).outcome != "passed":
-        names = [s.name for s in [*tests(), *preparations()]]
-        names += [f"record of {op}" for op in RECORDED] + ["record of the model"]
-        for name in [*names, *(f"compute-sanitizer {tool}" for tool in TOOLS)]:
+def _run(run: Run, record: Path, model: Path, built: bool) -> None:
+    if built:
+        run.leave_out("build", "it is said to be built")
+    elif run.alone(build()).outcome != "passed":
+        names = [s.name for s in [*tests(0), *preparations(0), *sanitizers("", 0)]]
+        for name in [*names, *(f"record of {op}" for op in RECORDED), "record of the model"]:
             run.leave_out(name, "the build did not pass")
         return
-    run.together([*tests(), *preparations()])
-
-    def spare() -> float:
-        """Whatever the build and the tests took, the sanitizer keeps its time."""
-        return max(5.0, run.left - (SANITIZING if sanitizer else 0.0))
+    seconds = TESTING * run.left
+    stages = [*tests(seconds), *preparations(seconds)]
+    if sanitizer := shutil.which("compute-sanitizer"):
+        stages += sanitizers(sanitizer, seconds)
+    else:
+        for stage in sanitizers("", 0):
+            run.leave_out(stage.name, "it is not installed")
+    run.together(stages)
 
     todo = struck(run)
     for i, (op, backends) in enumerate(todo.items()):
-        run.alone(recording(op, record, backends, spare() / (len(todo) + 1 - i)))
+        run.alone(recording(op, record, backends, run.left / (len(todo) + 1 - i)))
     failed = sorted({backend for backends in todo.values() for backend in backends})
-    run.alone(modelling(model, failed, spare()))
-    if sanitizer is None:
-        for tool in TOOLS:
-            run.leave_out(f"compute-sanitizer {tool}", "it is not installed")
-    else:
-        run.together(sanitizers(sanitizer))
+    run.alone(modelling(model, failed, max(5.0, run.left - 5)))
 
 
 if __name__ == "__main__":
