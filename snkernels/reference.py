@@ -17,7 +17,7 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which GEMMs over ``x`` run."""
-    if x.dtype in (torch.float16, torch.bfloat16) and not x.is_cuda:
+    if _is_half(x.dtype) and not x.is_cuda:
         return torch.float32
     return x.dtype
 
@@ -47,8 +47,26 @@ def stitch(
     in the dtype of x.
     """
     dtype = compute_dtype(x)
-    weight = merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
+    weight = _merged(dtype, weight, lora_A, lora_B, scaling)
     return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def _merged(
+    dtype: torch.dtype,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """W + scaling · B A, rounded once to the dtype of the products."""
+    if lora_A is None or lora_B is None or not _is_half(dtype):
+        return merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
+    # One launch on a GPU, where the sum is made in fp32 too.
+    return torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+
+
+def _is_half(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def layer_norm(
@@ -117,12 +135,12 @@ def stitch_backward(
     need_A, need_B = need_A and lora_A is not None, need_B and lora_B is not None
     grads = []
     if need_x:
-        merged = merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
+        merged = _merged(dtype, weight, lora_A, lora_B, scaling)
         grads.append((grad @ merged).to(x.dtype))
     # That of W + scaling · B A gives those of A and B too. Where nothing else needs it, it still
     # costs less in half precision than products of the low-rank intermediates in fp32.
     of_merged = None
-    if need_weight or ((need_A or need_B) and dtype != wide):
+    if need_weight or ((need_A or need_B) and _is_half(dtype)):
         of_merged = grad.t() @ rows
     if need_weight and of_merged is not None:
         grads.append(of_merged.to(weight.dtype))
@@ -130,17 +148,22 @@ def stitch_backward(
         grads.append(grad_y.sum(0, dtype=wide).to(bias.dtype))
     if need_A and lora_A is not None and lora_B is not None:
         if of_merged is None:
-            through = (grad @ lora_B.to(wide)).t() @ rows
+            grad_A = _scaled(scaling, (grad @ lora_B.to(dtype)).t(), rows)
         else:
-            through = lora_B.to(wide).t() @ of_merged.to(wide)
-        grads.append((scaling * through).to(lora_A.dtype))
+            grad_A = _scaled(scaling, lora_B.to(dtype).t(), of_merged)
+        grads.append(grad_A.to(lora_A.dtype))
     if need_B and lora_A is not None and lora_B is not None:
         if of_merged is None:
-            through = grad.t() @ (rows @ lora_A.to(wide).t())
+            grad_B = _scaled(scaling, grad.t(), rows @ lora_A.to(dtype).t())
         else:
-            through = of_merged.to(wide) @ lora_A.to(wide).t()
-        grads.append((scaling * through).to(lora_B.dtype))
+            grad_B = _scaled(scaling, of_merged, lora_A.to(dtype).t())
+        grads.append(grad_B.to(lora_B.dtype))
     return grads
+
+
+def _scaled(scaling: float, left: Tensor, right: Tensor) -> Tensor:
+    """Scaling · left right, rounded once."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
 
 
 def layer_norm_backward(

@@ -141,6 +141,8 @@ def test_groups(backend: str, where: str, sizes: list[int], ranks: list[int]) ->
 
 
 def test_one_group_has_the_bits_of_the_single_op(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the products of its single op are torch's")
     (own,) = make_groups([3000], torch.bfloat16, [64])
     single = OPS["stitch_layer_norm"].call(own, 0.25)
     for a, b in zip(grouped([own], offsets_of([3000])), single, strict=True):

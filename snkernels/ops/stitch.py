@@ -14,7 +14,6 @@ from snkernels.ops.library import (
     autocast,
     needs_grad,
     register,
-    triton_kernel,
     unwatched,
     without_autocast,
 )
@@ -59,7 +58,6 @@ _forward_op = register(
     implementations={
         "torch": without_autocast(reference.stitch),
         "cpu": native.stitch_forward,
-        "triton": triton_kernel("stitch", "stitch_forward"),
     },
 )
 backward_op = register(
@@ -69,7 +67,6 @@ backward_op = register(
     implementations={
         "torch": without_autocast(reference.stitch_backward),
         "cpu": native.stitch_backward,
-        "triton": triton_kernel("stitch", "stitch_backward"),
     },
 )
 

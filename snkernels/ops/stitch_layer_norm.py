@@ -55,24 +55,17 @@ def _fake_backward(
     return empty_grads((x, weight, bias, lora_A, lora_B, norm_weight, norm_bias), needs)
 
 
+# Their products are torch's.
+_triton = without_autocast(triton_kernel("stitch_layer_norm", "stitch_layer_norm_forward"))
+_triton_backward = without_autocast(
+    triton_kernel("stitch_layer_norm", "stitch_layer_norm_backward")
+)
+
+
 @without_autocast
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if native.cluster_kernel_obstacle(x, (weight,), (lora_A,)) is None:
-        return native.cuda_stitch_layer_norm(
-            x, weight, bias, lora_A, lora_B, scaling, norm_weight, norm_bias, eps
-        )
-    gemm = reference.stitch(x, weight, None, lora_A, lora_B, scaling)
-    return native.cuda_bias_layer_norm(gemm, bias, norm_weight, norm_bias, eps)
+def _cuda(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fits = native.cluster_kernel_obstacle(x, (weight,)) is None
+    return (native.cuda_stitch_layer_norm if fits else _triton)(x, weight, *others)
 
 
 _forward_op = register(
@@ -83,7 +76,7 @@ _forward_op = register(
     implementations={
         "torch": without_autocast(reference.stitch_layer_norm),
         "cpu": native.stitch_layer_norm_forward,
-        "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_forward"),
+        "triton": _triton,
         "cuda": _cuda,
     },
 )
@@ -95,9 +88,9 @@ _backward_op = register(
     implementations={
         "torch": without_autocast(reference.stitch_layer_norm_backward),
         "cpu": native.stitch_layer_norm_backward,
-        "triton": triton_kernel("stitch_layer_norm", "stitch_layer_norm_backward"),
-        # Only the forward is compiled so far; its residuals are those of the torch backend.
-        "cuda": without_autocast(reference.stitch_layer_norm_backward),
+        "triton": _triton_backward,
+        # Only the forward is in CUDA C++, and the residuals of all backends are the same.
+        "cuda": _triton_backward,
     },
 )
 
