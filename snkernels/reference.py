@@ -137,23 +137,22 @@ def stitch_backward(
     if need_x:
         merged = _merged(dtype, weight, lora_A, lora_B, scaling)
         grads.append((grad @ merged).to(x.dtype))
-    # That of W + scaling · B A gives those of A and B too. Where nothing else needs it, it still
-    # costs less in half precision than products of the low-rank intermediates in fp32.
-    of_merged = None
-    if need_weight or ((need_A or need_B) and _is_half(dtype)):
-        of_merged = grad.t() @ rows
+    # In half precision that of W + scaling · B A gives those of A and B too, and costs less than
+    # products of the low-rank intermediates, which would be fp32. In fp32 it would cost digits.
+    by_merged = _is_half(dtype)
+    of_merged = grad.t() @ rows if need_weight or (by_merged and (need_A or need_B)) else None
     if need_weight and of_merged is not None:
         grads.append(of_merged.to(weight.dtype))
     if need_bias and bias is not None:
         grads.append(grad_y.sum(0, dtype=wide).to(bias.dtype))
     if need_A and lora_A is not None and lora_B is not None:
-        if of_merged is None:
+        if of_merged is None or not by_merged:
             grad_A = _scaled(scaling, (grad @ lora_B.to(dtype)).t(), rows)
         else:
             grad_A = _scaled(scaling, lora_B.to(dtype).t(), of_merged)
         grads.append(grad_A.to(lora_A.dtype))
     if need_B and lora_A is not None and lora_B is not None:
-        if of_merged is None:
+        if of_merged is None or not by_merged:
             grad_B = _scaled(scaling, grad.t(), rows @ lora_A.to(dtype).t())
         else:
             grad_B = _scaled(scaling, of_merged, lora_A.to(dtype).t())
@@ -162,7 +161,7 @@ def stitch_backward(
 
 
 def _scaled(scaling: float, left: Tensor, right: Tensor) -> Tensor:
-    """Scaling · left right, rounded once."""
+    """The product of both times ``scaling``, rounded once."""
     return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
 
 

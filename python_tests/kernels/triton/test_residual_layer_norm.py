@@ -24,7 +24,8 @@ def _triton() -> Iterator[None]:
 @pytest.mark.parametrize("width", [1, 2, 16, 17, 384, 2048, 2050])
 def test_widths(width: int) -> None:
     """One value, a power of two and its neighbours, and rows that need more warps."""
-    judge(OP, make(OP, Shape(5, 1, width, 0), torch.float32))
+    # The errors of a few values would be luck.
+    judge(OP, make(OP, Shape(max(5, 400 // width), 1, width, 0), torch.float32))
 
 
 @pytest.mark.usefixtures("right_bf16")
