@@ -10,7 +10,7 @@ stand a table of the stages, and in the folder record.json and model.json with t
 plots, stages.json and log.txt.
 
 It needs pip, a CUDA toolkit, and the packages of ``pip install .[dev]``; nothing is fetched. The
-package is installed as editable, as the benchmarks run from this folder.
+package is installed as editable: the sources of this folder find the compiled module beside them.
 """
 
 import argparse
