@@ -92,14 +92,19 @@ def speedup(samples: Samples, name: str, over: str) -> Spread:
 
 
 def host_timer(
-    call: Callable[[], object], clock: Clock = time.perf_counter, calls: int = 1
+    call: Callable[[], object],
+    clock: Clock = time.perf_counter,
+    calls: int = 1,
+    before: Callable[[], object] | None = None,
 ) -> Callable[[], float]:
     """A sample by the wall clock, per call, of so many calls in a row.
 
-    What the last one returns is freed after the clock is read.
+    Untimed are ``before``, called ahead of it, and the freeing of what the last call returns.
     """
 
     def sample() -> float:
+        if before is not None:
+            before()
         start = clock()
         for _ in range(calls):
             result = call()

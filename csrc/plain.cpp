@@ -147,13 +147,6 @@ bool read_residual(handle h, handle branch, handle layer_scale, handle norm_weig
   return true;
 }
 
-bool fits_residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
-                              handle norm_bias, handle eps) {
-  dlpack::Tensor t;
-  cpu::ResidualLayerNormForward p{};
-  return read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p);
-}
-
 py::object residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
                                handle norm_bias, handle eps, bool statistics, int threads) {
   dlpack::Tensor t;
@@ -271,7 +264,6 @@ void bind_plain(py::module_& m) {
   m.def("linear", &linear, "y = x Wᵀ + b if it has so many multiply-adds and rows, or None.");
   m.def("residual_layer_norm", &residual_layer_norm,
         "h + γ · branch, LN of that and, if wanted, its statistics; or None.");
-  m.def("fits_residual_layer_norm", &fits_residual_layer_norm, "Whether that would not be None.");
   m.def("stitch", &stitch,
         "y of a stitch and, with an eps, LN(y) and its statistics if wanted; or None.");
   m.def("stitch_gradients", &stitch_gradients,

@@ -97,6 +97,22 @@ def test_the_result_is_freed_after_the_clock_is_read() -> None:
     assert clock.now == 50
 
 
+def test_what_comes_before_a_sample_is_not_timed() -> None:
+    clock = Clock()
+    told: list[float] = []
+
+    def before() -> None:
+        told.append(clock.now)
+        clock.now += 50
+
+    def call() -> None:
+        clock.now += 3
+
+    sample = host_timer(call, clock, calls=2, before=before)
+    assert sample() == 3
+    assert told == [0]
+
+
 def test_the_floor_is_the_slower_of_bytes_and_flops() -> None:
     ceilings = Ceilings(copy=10, gemm=100)
     assert ceilings.floor(Work(flops=100, bytes=50)) == 5

@@ -292,19 +292,6 @@ def width_of_stitches(x: Tensor, groups: list[Any]) -> int:
     return width
 
 
-def fits_residual_layer_norm(
-    h: Tensor,
-    branch: Tensor,
-    layer_scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> bool:
-    """Whether :func:`residual_layer_norm` computes these, as all is plainly right."""
-    fits: bool = _C.fits_residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps)
-    return fits
-
-
 def residual_layer_norm(
     h: Tensor,
     branch: Tensor,

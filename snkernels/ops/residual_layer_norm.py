@@ -149,12 +149,9 @@ class _ResidualLayerNorm(torch.autograd.Function):
         norm_bias: Tensor | None,
         eps: float,
         normed_dtype: torch.dtype | None,
+        done: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        if normed_dtype is None:  # all is plain, and tokens have the shape that users gave them
-            plain = h, branch, layer_scale, norm_weight, norm_bias, eps
-            done = native.residual_layer_norm(*plain, statistics=True)
-            assert done is not None, "fits_residual_layer_norm must be asked first"
-        else:
+        if done is None:
             norm = norm_weight, norm_bias, eps, normed_dtype
             done = _forward_op(h, branch, layer_scale, drop_path_scale, *norm)
         total, normed, mean, rstd = done
@@ -178,7 +175,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         grad_h, grad_branch = (
             None if g is None else from_rows(g, h) for g in (grad_h, grad_branch)
         )
-        return grad_h, grad_branch, grad_scale, None, *grads_of_norm, None, None
+        return grad_h, grad_branch, grad_scale, None, *grads_of_norm, None, None, None
 
 
 _apply = applied(_ResidualLayerNorm)
@@ -219,20 +216,24 @@ def residual_layer_norm(
     """
     vectors = (layer_scale, norm_weight, norm_bias)
     if drop_path_scale is None and unwatched("residual_layer_norm", h):
-        if not torch.is_grad_enabled():
-            done = native.residual_layer_norm(h, branch, *vectors, eps)
-            if done is not None:
-                return done[0], done[1]
-        elif native.fits_residual_layer_norm(h, branch, *vectors, eps):
-            return _apply(h, branch, layer_scale, None, norm_weight, norm_bias, eps, None)
+        # Computed before autograd comes in, which then only keeps it; tokens have users' own shape.
+        done = native.residual_layer_norm(
+            h, branch, *vectors, eps, statistics=torch.is_grad_enabled()
+        )
+        if done is not None and needs_grad(h, branch, *vectors):
+            norm = norm_weight, norm_bias, eps
+            return _apply(h, branch, layer_scale, None, *norm, None, done)
+        if done is not None:
+            return done[0], done[1]
     _check(h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps)
     dtype = torch.promote_types(h.dtype, branch.dtype)
-    arguments = (
+    tensors = (
         *(as_rows(h), as_rows(branch), layer_scale, drop_path_scale),
         *(norm_weight, norm_bias),
     )
-    op = _apply if needs_grad(*arguments) else _forward_op
-    total, normed, *_ = op(*arguments, float(eps), autocast_dtype(device_type(h), dtype))
+    arguments = *tensors, float(eps), autocast_dtype(device_type(h), dtype)
+    training = needs_grad(*tensors)
+    total, normed, *_ = _apply(*arguments, None) if training else _forward_op(*arguments)
     return from_rows(total, h), from_rows(normed, h)
 
 
