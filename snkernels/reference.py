@@ -59,10 +59,11 @@ def _merged(
     scaling: float,
 ) -> Tensor:
     """W + scaling · B A, rounded once to the dtype of the products."""
-    if lora_A is None or lora_B is None or not _is_half(dtype):
-        return merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
-    # One launch on a GPU, where the sum is made in fp32 too.
-    return torch.addmm(weight.to(dtype), lora_B.to(dtype), lora_A.to(dtype), alpha=scaling)
+    factors = [tensor for tensor in (lora_B, lora_A) if tensor is not None]
+    if factors and _is_half(dtype) and all(t.dtype == dtype for t in (weight, *factors)):
+        # One launch on a GPU, where the sum is made in fp32 too.
+        return torch.addmm(weight, *factors, alpha=scaling)
+    return merged_weight(weight, lora_A, lora_B, scaling).to(dtype)
 
 
 def _is_half(dtype: torch.dtype) -> bool:
@@ -137,25 +138,26 @@ def stitch_backward(
     if need_x:
         merged = _merged(dtype, weight, lora_A, lora_B, scaling)
         grads.append((grad @ merged).to(x.dtype))
-    # In half precision that of W + scaling · B A gives those of A and B too, and costs less than
-    # products of the low-rank intermediates, which would be fp32. In fp32 it would cost digits.
-    by_merged = _is_half(dtype)
+    # In bf16 that of W + scaling · B A gives those of A and B too, and costs less than products of
+    # the low-rank intermediates, which are fp32. In fp32 it would cost digits, and in fp16 what it
+    # is about to be multiplied by may be all that keeps a gradient in range.
+    by_merged = dtype == torch.bfloat16
     of_merged = grad.t() @ rows if need_weight or (by_merged and (need_A or need_B)) else None
     if need_weight and of_merged is not None:
         grads.append(of_merged.to(weight.dtype))
     if need_bias and bias is not None:
         grads.append(grad_y.sum(0, dtype=wide).to(bias.dtype))
     if need_A and lora_A is not None and lora_B is not None:
-        if of_merged is None or not by_merged:
-            grad_A = _scaled(scaling, (grad @ lora_B.to(dtype)).t(), rows)
-        else:
+        if of_merged is not None and by_merged:
             grad_A = _scaled(scaling, lora_B.to(dtype).t(), of_merged)
+        else:
+            grad_A = _scaled(scaling, (grad.to(wide) @ lora_B.to(wide)).t(), rows.to(wide))
         grads.append(grad_A.to(lora_A.dtype))
     if need_B and lora_A is not None and lora_B is not None:
-        if of_merged is None or not by_merged:
-            grad_B = _scaled(scaling, grad.t(), rows @ lora_A.to(dtype).t())
-        else:
+        if of_merged is not None and by_merged:
             grad_B = _scaled(scaling, of_merged, lora_A.to(dtype).t())
+        else:
+            grad_B = _scaled(scaling, grad.to(wide).t(), rows.to(wide) @ lora_A.to(wide).t())
         grads.append(grad_B.to(lora_B.dtype))
     return grads
 
@@ -256,7 +258,7 @@ def residual(
         factor = layer_scale
     elif layer_scale is not None:
         branch = branch * layer_scale
-    # Product and sum are rounded once, without a copy in fp32.
+    # The last product and the sum are rounded once, without a copy in fp32.
     return h + branch if factor is None else torch.addcmul(h, branch, factor).to(dtype)
 
 

@@ -51,7 +51,7 @@ template <typename T, typename S>
 __global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ Arguments p) {
   using namespace nvcuda;
   // The factors, and once these are used up, the product.
-  __shared__ union alignas(16) {
+  __shared__ union alignas(32) {  // as wmma asks
     struct {
       T b[TILE][HALVES], a[TILE][HALVES];
     } factors;

@@ -110,7 +110,8 @@ cudaError_t launch(const StitchLayerNorm& p, const Layout& layout, int first) {
   }
   if (error != cudaSuccess) return error;
   if (GROUPS > 1 && p.offsets_on_host)
-    for (int i = 0; i <= arguments.groups; ++i) arguments.known[i] = int(p.offsets[first + i]);
+    for (int i = 0; i <= arguments.groups; ++i)
+      arguments.known[i] = int(std::clamp<int64_t>(p.offsets[first + i], 0, rows));
   else if (GROUPS > 1)
     arguments.offsets = p.offsets + first;
   arguments.y = p.y.data;

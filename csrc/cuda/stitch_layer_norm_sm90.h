@@ -31,7 +31,7 @@ constexpr int BAND = 64, WARPS = 4;  // of a consumer
 constexpr int TURNS = CONSUMERS;     // behind the barriers of single consumers, those of their turns
 
 // A thread of the launch has 65536 / 512 registers. The producer needs few; the consumers'
-// accumulators alone take up to 64, and the packed y of the same band 32.
+// accumulators, which become y, take up to 64.
 constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 160;
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 128);
 

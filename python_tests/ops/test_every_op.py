@@ -19,7 +19,7 @@ from snkernels.backends import use_backend
 pytestmark = pytest.mark.usefixtures("nan_filled")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MIDDLE = Shape(50, 100, 200, 16)
+MIDDLE = Shape(50, 104, 200, 16)
 
 
 @pytest.fixture(params=OPS.values(), ids=OPS.keys())
@@ -88,6 +88,18 @@ def test_torchs_half_products(
         arguments = draws(op, shape, dtype)
         judge(op, *arguments)
         judge(op, *arguments, wanted=tuple(n for n in learnt(arguments[0]) if n != "weight"))
+
+
+def test_a_gradient_in_range_does_not_overflow_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp16, where lora_B is still next to zero: that of the weight would be infinite."""
+    monkeypatch.setattr(reference, "compute_dtype", lambda x: x.dtype)
+    x, grad = torch.full((4096, 8), 8.0).half(), torch.full((4096, 16), 4.0).half()
+    weight, lora_A = torch.zeros(16, 8).half(), torch.ones(4, 8).half()
+    lora_B = torch.full((16, 4), 1e-4).half()
+    needs = [False, False, False, True, True]
+    grad_A, _ = reference.stitch_backward(grad, x, weight, None, lora_A, lora_B, 0.25, needs)
+    exact = 0.25 * lora_B.double().t() @ grad.double().t() @ x.double()
+    assert torch.allclose(grad_A.double(), exact, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -355,16 +367,16 @@ def test_meta_tensors(op: Op) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.randn(50, 99)}, r"x must have shape \(\.\.\., 100\).*\(50, 99\)"),
+        ({"x": torch.randn(50, 99)}, r"x must have shape \(\.\.\., 104\).*\(50, 99\)"),
         ({"x": torch.ones(50, 100, dtype=torch.int64)}, r"x must be float16.*int64"),
         ({"weight": torch.randn(200)}, r"weight must have shape \(any, any\).*\(200,\)"),
         ({"bias": torch.randn(199)}, r"bias must have shape \(200\).*\(199,\)"),
         ({"bias": torch.ones(200, dtype=torch.int32)}, r"bias must be a floating.*int32"),
-        ({"lora_A": torch.randn(16, 99)}, r"lora_A must have shape \(any, 100\).*\(16, 99\)"),
+        ({"lora_A": torch.randn(16, 99)}, r"lora_A must have shape \(any, 104\).*\(16, 99\)"),
         ({"lora_B": torch.randn(200, 15)}, r"lora_B must have shape \(200, 16\).*\(200, 15\)"),
-        ({"weight": torch.randn(200, 100).double()}, "weight must be at most float32.*float64"),
+        ({"weight": torch.randn(200, 104).double()}, "weight must be at most float32.*float64"),
         ({"lora_B": None}, "lora_A is given and lora_B is not"),
-        ({"lora_A": torch.randn(16, 100, device="meta")}, "lora_A must be on cpu.*meta"),
+        ({"lora_A": torch.randn(16, 104, device="meta")}, "lora_A must be on cpu.*meta"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -14,6 +14,7 @@ from judge import assert_as_exact_as_torch
 from test_every_op import judge
 from torch import Tensor
 
+from snkernels.kernels import native
 from snkernels.ops import StitchGroup, multi_stitch_layer_norm
 
 if DEVICE == "cpu":
@@ -24,18 +25,25 @@ pytestmark = pytest.mark.usefixtures("nan_filled")
 OP = "multi_stitch"  # of the tests that have no parameter `op`
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 S_TO_L = Shape(64 * 197, 384, 1024, 64)
-# Every number of slices that the Hopper kernel cuts a row into, 1 to 8, is among the widths.
 PAPER = [
     S_TO_L,
     Shape(64 * 197, 1024, 384, 64),
     Shape(197, 768, 1024, 16),
     Shape(1000, 384, 768, 4),
     Shape(129, 1024, 1280, 0),
-    Shape(127, 64, 192, 2),
     Shape(300, 200, 1536, 33),
-    Shape(130, 72, 1792, 64),
-    Shape(70, 8, 2048, 16),
     Shape(500, 1280, 192, 128),
+]
+# Every number of slices that the Hopper kernel cuts a row into, 1 to 8, and of steps, 1 to 4.
+CUT = [
+    Shape(70, 8, 8, 1),
+    Shape(127, 64, 136, 2),
+    Shape(130, 136, 264, 64),
+    Shape(300, 384, 296, 33),
+    Shape(500, 512, 328, 128),
+    Shape(129, 384, 392, 0),
+    Shape(1000, 264, 520, 16),
+    Shape(260, 384, 680, 4),
 ]
 
 
@@ -45,9 +53,29 @@ def op(request: pytest.FixtureRequest) -> Op:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", PAPER, ids=str)
+@pytest.mark.parametrize("shape", [*PAPER, *CUT], ids=str)
 def test_the_papers_shapes(op: Op, backend: str, shape: Shape, dtype: torch.dtype) -> None:
     judge(op, make(op, shape, dtype))
+
+
+def test_the_hopper_kernel_takes_what_is_cut() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    slices = set()
+    for shape in (S_TO_L, *CUT):
+        x, weight = torch.empty(1, shape.K).half(), torch.empty(shape.N, shape.K)
+        assert native.cluster_kernel_obstacle(x, [weight]) is None, shape
+        slices.add(native._C.cuda_sm90_kernel_for(shape.K, shape.N, False)[1])
+    assert slices == set(range(1, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", DTYPES, ids=str)
+def test_weights_of_another_dtype(
+    op: Op, backend: str, dtype: torch.dtype, parameters: torch.dtype
+) -> None:
+    """What a kernel merges, or casts, before it multiplies."""
+    judge(op, make(op, Shape(300, 384, 1024, 20), dtype, parameters))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -399,8 +399,9 @@ def cuda_stitch_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, LN(y), mean, 1/σ) by one Hopper kernel; see :mod:`snkernels.reference`.
 
-    W + scaling · B A is merged first, in a launch of its own, and rounded once to the dtype of x.
-    So is a W of another dtype; a frozen one without a low-rank part is best kept in that of x.
+    W + scaling · B A is merged first, in a launch of its own, and rounded once to the dtype of x,
+    in which A and B are multiplied. So is a W of another dtype; a frozen one without a low-rank
+    part is best kept in that of x.
 
     Raises:
         ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
@@ -447,12 +448,8 @@ def _cluster_kernel(
     kept: list[Tensor] = []
 
     def matrix(name: str, tensor: Tensor, dtype: torch.dtype, rows: int, cols: int) -> View | None:
-        """Rows that begin and end at multiples of 16 bytes, as they are copied; zeros beyond."""
-        tensor = tensor.to(dtype)
-        if tensor.shape != (rows, cols):
-            height, width = tensor.shape
-            tensor = torch.nn.functional.pad(tensor, (0, cols - width, 0, rows - height))
-        tensor = tensor.contiguous()
+        """In rows that begin at multiples of 16 bytes, as they are copied."""
+        tensor = tensor.to(dtype).contiguous()
         if tensor.data_ptr() % 16:
             tensor = tensor.clone()
         kept.append(tensor)
@@ -466,15 +463,18 @@ def _cluster_kernel(
 
     sources = [tensor for i in (0, 2, 3) for tensor in tensors[i::_TENSORS] if tensor is not None]
     if len(sources) > len(weights) or any(tensor.dtype != x.dtype for tensor in sources):
-        all_fp32 = all(tensor.dtype == torch.float32 for tensor in sources)
-        dtype = torch.float32 if all_fp32 else x.dtype
+        all_half = all(tensor.dtype == x.dtype for tensor in sources)
+        dtype = x.dtype if all_half else torch.float32
         stitches = []
         for i, scaling in enumerate(scalings):
             weight, _, lora_A, lora_B, *_ = tensors[_TENSORS * i :]
             assert weight is not None
             low_rank: tuple[View | None, View | None] = None, None
             if lora_A is not None and lora_B is not None:
-                rank = -(-lora_A.shape[0] // 8) * 8
+                missing = -lora_A.shape[0] % 8  # ranks, to whole 16 bytes of B
+                rank = lora_A.shape[0] + missing
+                lora_A = torch.nn.functional.pad(lora_A, (0, 0, 0, missing))
+                lora_B = torch.nn.functional.pad(lora_B, (0, missing))
                 low_rank = (
                     matrix("lora_A", lora_A, dtype, rank, in_features),
                     matrix("lora_B", lora_B, dtype, features, rank),

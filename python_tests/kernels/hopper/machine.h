@@ -127,6 +127,7 @@ inline void run_cluster(const std::function<void()>& kernel, int first, int ctas
                         int threads_per_cta, int shared_bytes) {
   static const std::function<void()>* body;
   body = &kernel;
+  check(shared_bytes <= 227 * 1024, "more shared memory than a CTA can have");
   memory.assign(ctas, std::vector<unsigned char>(WINDOW, 0xff));
   barriers.clear();
   threads.clear();
