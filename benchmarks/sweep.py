@@ -30,17 +30,20 @@ from python_tests.judge import assert_as_exact_as_torch
 from snkernels import reference
 from snkernels.kernels.triton import configs
 from snkernels.kernels.triton.configs import Config
-from snkernels.kernels.triton.merge import merged
+from snkernels.kernels.triton.groups import WEIGHT, Groups
+from snkernels.kernels.triton.merge import merged_of_groups
+from snkernels.kernels.triton.multi_stitch import project
+from snkernels.kernels.triton.outer import outer
 from snkernels.kernels.triton.residual_layer_norm import (
     residual_layer_norm_backward,
     residual_layer_norm_forward,
 )
-from snkernels.kernels.triton.stitch import outer, project
-from snkernels.kernels.triton.sums import sum_partials, sum_rows
+from snkernels.kernels.triton.sums import column_sums, sum_partials
 from snkernels.progress import progress_bar
 from snkernels.text import aligned
 
 TOLERATED = 0.03
+GROUPS = 8  # of equal rows, where kernels go by groups
 
 Tensors = dict[str, Tensor]
 Outputs = Sequence[Tensor]
@@ -53,7 +56,6 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
         "BLOCK_K": (32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
-        "TMA": (0, 1),
     },
     "merge": {
         "BLOCK_N": (32, 64, 128),
@@ -222,7 +224,7 @@ class OnGpu:
 
 def cases(dtype: torch.dtype, images: int) -> Iterator[Case]:
     """Every heuristic at the paper's shapes, 197 tokens to an image."""
-    rows = images * TOKENS
+    rows = images * TOKENS // GROUPS * GROUPS
     for k, n in ((384, 1024), (1024, 384), (384, 768), (384, 64), (1024, 64), (1024, 16)):
         yield _project(dtype, rows, k, n)
     for r in (16, 64, 128):
@@ -241,13 +243,26 @@ def _all_in(dtype: torch.dtype, tensors: Tensors) -> Tensors:
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def _groups(rows: Tensor, weights: Tensors, features: int) -> Groups:
+    """Groups of equal rows; ``weights`` holds all their W, A and B, those that they have."""
+    own = (weights.get(name, [None] * GROUPS) for name in ("w", "A", "B"))
+    tensors = [p for w, a, b in zip(*own, strict=True) for p in (w, None, a, b, None, None)]
+    offsets = [len(rows) // GROUPS * i for i in range(GROUPS + 1)]
+    return Groups(rows, offsets, tensors, [0.25] * GROUPS, features)
+
+
+def _by_group(rows: Tensor) -> Tensor:
+    return rows.unflatten(0, (GROUPS, -1))
+
+
 def _project(dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
     def make() -> Tensors:
-        return _all_in(dtype, {"x": torch.randn(rows, k), "w": torch.randn(n, k) * k**-0.5})
+        return _all_in(dtype, {"x": torch.randn(rows, k), "w": torch.randn(GROUPS, n, k) * k**-0.5})
 
     def call(t: Tensors) -> Outputs:
+        groups = _groups(t["x"], t, n)
         y = torch.empty(rows, n, dtype=t["x"].dtype, device=t["x"].device)
-        return [project(t["x"], t["w"], y)]
+        return [project(groups, t["x"], y, groups.parameter(WEIGHT, transposed=True))]
 
     return Case(
         "project",
@@ -255,22 +270,29 @@ def _project(dtype: torch.dtype, rows: int, k: int, n: int) -> Case:
         configs.project(dtype, dtype, "ieee", n),
         make,
         call,
-        lambda t: [t["x"] @ t["w"].t()],
+        lambda t: [(_by_group(t["x"]) @ t["w"].mT).flatten(0, 1)],
     )
 
 
 def _merge(dtype: torch.dtype, k: int, n: int, r: int) -> Case:
     def make() -> Tensors:
-        factors = {"A": torch.randn(r, k) * k**-0.5, "B": torch.randn(n, r)}
-        return _all_in(dtype, {"w": torch.randn(n, k) * k**-0.5} | factors)
+        factors = {"A": torch.randn(GROUPS, r, k) * k**-0.5, "B": torch.randn(GROUPS, n, r)}
+        return _all_in(dtype, {"w": torch.randn(GROUPS, n, k) * k**-0.5} | factors)
+
+    def call(t: Tensors) -> Outputs:
+        no_rows = t["w"].new_empty(0, k)
+        merged = merged_of_groups(_groups(no_rows, t, n), no_rows)
+        assert merged is not None
+        return [merged.one.data]
 
     return Case(
         "merge",
         f"K{k} N{n} r{r}",
         configs.merge(dtype, "ieee", r),
         make,
-        lambda t: [merged(t["w"], t["w"], t["A"], t["B"], 0.25)],
-        lambda t: [t["w"] + 0.25 * (t["B"] @ t["A"])],
+        call,
+        # What is compared is the first group's.
+        lambda t: [t["w"][0] + 0.25 * (t["B"][0] @ t["A"][0])],
     )
 
 
@@ -279,13 +301,17 @@ def _outer(dtype: torch.dtype, rows: int, height: int, width: int) -> Case:
         tensors = {"left": torch.randn(rows, height), "right": torch.randn(rows, width)}
         return _all_in(dtype, tensors)
 
+    def call(t: Tensors) -> Outputs:
+        left, right = t["left"], t["right"]
+        return [outer(left, right, left.dtype, _groups(left, {}, height))]
+
     return Case(
         "outer",
         f"M{rows} P{height} Q{width}",
         configs.outer(dtype, "ieee", width),
         make,
-        lambda t: [outer(t["left"], t["right"], t["left"].dtype)],
-        lambda t: [t["left"].t() @ t["right"]],
+        call,
+        lambda t: [_by_group(t["left"]).mT @ _by_group(t["right"])],
     )
 
 
@@ -341,11 +367,11 @@ def _normalize_backward(dtype: torch.dtype, rows: int, n: int) -> Case:
 def _sum_rows(dtype: torch.dtype, rows: int, n: int) -> Case:
     return Case(
         "sum_rows",
-        f"M{rows} N{n}, 128 chunks",
+        f"M{rows} N{n}",
         configs.sum_rows(),
-        lambda: _all_in(dtype, {"matrix": torch.randn(rows // 128 * 128, n)}),
-        lambda t: [sum_rows(t["matrix"], rows // 128, t["matrix"].dtype)],
-        lambda t: [t["matrix"].unflatten(0, (128, -1)).sum(1)],
+        lambda: _all_in(dtype, {"matrix": torch.randn(rows, n)}),
+        lambda t: [column_sums(t["matrix"], t["matrix"].dtype, _groups(t["matrix"], {}, n))],
+        lambda t: [_by_group(t["matrix"]).sum(1)],
     )
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from snkernels.kernels import report
 
 GOOD = report.Build(
-    kernel="_project_kernel",
+    kernel="_project_groups_kernel",
     arch=90,
     dtype="bf16",
     options={"num_warps": 8},
@@ -46,7 +46,6 @@ KERNELS = {
         "normalize",
         "normalize_backward",
         "outer",
-        "project",
         "project_groups",
         "sum_groups",
         "sum_partials",
@@ -85,7 +84,7 @@ def test_exact_products_of_a_block_have_sums_of_their_own() -> None:
         "        assert ir.count('tt.dot ') <= ir.count('arith.addf '), ir\n"
         "triton.runtime.driver.set_active(report.NoGpu(90))\n"
         "with launch.launches_go_to(build):\n"
-        "    report.launch_stitches(report.Shape(64, 64, 64), report.DTYPES['fp32'])\n",
+        "    report.launch_groups(report.Shape(64, 64, 64), report.DTYPES['fp32'])\n",
     )
     assert done.returncode == 0, done.stderr
 
@@ -109,36 +108,33 @@ def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     for build in builds:
         assert not report.faults(build)
         assert build.ctas_per_sm >= 1
-    # What can load by TMA is there both ways.
-    loads = {(build.kernel, build.tma > 0) for build in builds if "TMA" in build.options}
-    kinds = (False, True) if arch >= 90 else (False,)
-    assert loads == {("_project_kernel", kind) for kind in kinds}
     tiled = [b for b in builds if b.kernel.startswith(("_project", "_outer"))]
     assert min(b.ctas_per_sm for b in tiled) >= (2 if (arch, dtype) == (90, "bf16") else 1)
 
 
 def test_a_floor_is_of_each_tensor_once_and_of_the_products() -> None:
-    """By hand: y = x Wᵀ, 1000 tokens from 384 to 1024 in bf16, on an H100."""
+    """By hand: y = x Wᵀ in two groups, 1000 tokens from 384 to 1024 in bf16, on an H100."""
     done = run(
         "-c",
         """
 import dataclasses, json, torch
 from snkernels.kernels import report
-from snkernels.kernels.triton import launch, stitch
+from snkernels.kernels.triton import launch
+from snkernels.kernels.triton.multi_stitch import multi_stitch_forward
 
 def note(kernel, grid, args, options):
     print(json.dumps(dataclasses.asdict(report._launch(kernel, args, "", 90, "bf16"))))
 
-x, w, y = (torch.empty(s, dtype=torch.bfloat16, device="meta")
-           for s in ((1000, 384), (1024, 384), (1000, 1024)))
+x, w = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((1000, 384), (1024, 384)))
 with launch.launches_go_to(note):
-    stitch.project(x, w, y)
+    multi_stitch_forward(x, [0, 300, 1000], [w, *[None] * 5] * 2, [1.0] * 2, 1024, False, 0.0)
 """,
     )
     assert done.returncode == 0, done.stderr
     launched = report.Launch(**json.loads(done.stdout))
-    assert launched.sizes == {"M": 1000, "N": 1024, "K": 384}
-    assert launched.bytes == 2 * (1000 * 384 + 1024 * 384 + 1000 * 1024)
+    assert launched.sizes == {"M": 1000, "groups": 2, "N": 1024, "K": 384}
+    # Of each group an address and a scaling beside its W, and three offsets.
+    assert launched.bytes == 2 * (1000 * 384 + 2 * 1024 * 384 + 1000 * 1024) + 8 * (2 + 2 + 3)
     assert launched.flops == 2 * 1000 * 1024 * 384
     assert launched.bound == "bytes"
     assert launched.floor_us == round(launched.bytes / 3.35e12 * 1e6, 2)
@@ -160,11 +156,8 @@ triton.runtime.driver.set_active(report.NoGpu(90))
 warm_up = lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options)
 
 def launch_all(shape, numbers, rows):
-    for by_tma in (False, True):
-        with report.loads(by_tma):
-            report.launch_stitches(shape, numbers, rows)
     report.launch_groups(shape, numbers, rows, groups=1 + rows % 7)
-    report.launch_residual(shape.out_features, numbers, rows)
+    report.launch_norms(shape.out_features, numbers, rows)
 
 with launch.launches_go_to(warm_up):
     for numbers in (report.DTYPES["bf16"], report.DTYPES["fp32"], report.DTYPES["bf16/fp32"]):
@@ -188,7 +181,6 @@ print(len(keys))
         ({"shared": 232449}, "takes 232449 bytes of shared memory of 232448"),
         ({"wgmma": 0, "mma_sync": 64}, "multiplies without wgmma"),
         ({"arch": 80}, "multiplies without mma_sync"),
-        ({"options": {"TMA": 1}}, "was to load by TMA, and has no such instruction"),
         ({"serialised": True}, "its wgmma are serialised"),
         ({"narrow_addresses": 3}, "computes 3 addresses in 32 bits"),
     ],
@@ -228,12 +220,12 @@ def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     ("mangled", "expected"),
     [
         (
-            "_ZN3snk4cuda4sm9029stitch_layer_norm_sm90_kernelI13__nv_bfloat16Li256ELi64ELi1EEEvNS1_9ArgumentsIXT2_EEE",
-            ("stitch_layer_norm_sm90_kernel", [256, 64, 1]),
+            "_ZN3snk4cuda4sm9029stitch_layer_norm_sm90_kernelI13__nv_bfloat16Li128ELi32EEEvNS1_9ArgumentsIXT1_EEE",
+            ("stitch_layer_norm_sm90_kernel", [128, 32]),
         ),
         (
-            "_ZN3snk4cuda51_GLOBAL__N__915cbce1_18_bias_layer_norm_cu_a74251e022bias_layer_norm_kernelIfLi64EEEvPKT_",
-            ("bias_layer_norm_kernel", [64]),
+            "_ZN3snk4cuda40_GLOBAL__N__fab87f73_8_merge_cu_47519ad212merge_kernelI6__halffEEvNS1_9ArgumentsE",
+            ("merge_kernel", []),
         ),
         ("_Z3fooPf", ("_Z3fooPf", [])),
     ],

@@ -2,12 +2,11 @@
 
 ``python -m snkernels.kernels.report`` lets the launchers of the Triton kernels run at the paper's
 shapes, on tensors without memory, and compiles what they would launch, with their very
-configurations, and with loads by TMA beside those by pointers where that is a choice; the CUDA
-kernels it reads from the compiled module, where that has them. Of each it tells registers, spilled
-bytes, shared memory, tensor-core and TMA instructions, wgmma that the assembler serialised,
-addresses that would overflow, how many CTAs fit on an SM, and the least time that its bytes and
-FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with status 1 where a kernel
-has one of the :func:`faults`.
+configurations; the CUDA kernels it reads from the compiled module, where that has them. Of each it
+tells registers, spilled bytes, shared memory, tensor-core and TMA instructions, wgmma that the
+assembler serialised, addresses that would overflow, how many CTAs fit on an SM, and the least time
+that its bytes and FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with status
+1 where a kernel has one of the :func:`faults`.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,16 +28,13 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from snkernels.kernels import disassembly, native
 from snkernels.kernels.triton import (
-    configs,
     launch,
     multi_stitch,
     multi_stitch_backward,
     residual_layer_norm,
-    stitch,
     stitch_layer_norm,
 )
 from snkernels.kernels.triton.groups import Parameter
@@ -63,7 +59,6 @@ class Chip:
     tensor_core: str
     bandwidth: float
     flops: dict[str, float]
-    tma: bool = True
     registers: int = 65536
     warps: int = 64
     ctas: int = 32
@@ -87,7 +82,6 @@ CHIPS = {
         "mma_sync",
         2.04e12,
         {"half": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-        tma=False,
     ),
     90: Chip(
         "H100 SXM",
@@ -200,7 +194,6 @@ class Build:
 # bytes. A kernel that multiplies must use the tensor cores, but in exact fp32.
 MULTIPLY_ADDS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "_merge_kernel": lambda a: a["groups"] * a["N"] * a["K"] * (0 if a["a"] is None else a["R"]),
-    "_project_kernel": lambda a: a["M"] * a["N"] * a["K"],
     "_project_groups_kernel": lambda a: a["M"] * a["N"] * a["K"],
     "_outer_kernel": lambda a: a["M"] * a["P"] * a["Q"],
 }
@@ -218,8 +211,6 @@ def faults(build: Build) -> list[str]:
         found.append(f"takes {build.shared} bytes of shared memory of {chip.shared_per_cta}")
     if build.multiplies and build.dtype != "fp32" and not getattr(build, chip.tensor_core):
         found.append(f"multiplies without {chip.tensor_core}")
-    if build.options.get("TMA") and not build.tma:
-        found.append("was to load by TMA, and has no such instruction")
     if build.serialised:
         found.append("its wgmma are serialised")
     if build.narrow_addresses:
@@ -256,51 +247,16 @@ def builds(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Build]:
         if launched not in found[compiled.hash].launches:
             found[compiled.hash].launches.append(launched)
 
-    def compile_if_by_tma(
-        kernel: Any, grid: tuple[int, ...], args: Sequence[Any], options: Mapping[str, Any]
-    ) -> None:
-        if options.get("TMA"):
-            compile_instead(kernel, grid, args, options)
-
     triton.runtime.driver.set_active(NoGpu(arch))
     torch.backends.cuda.matmul.fp32_precision = DTYPES[dtype].precision
-    with launch.launches_go_to(compile_instead), loads(by_tma=False):
+    with launch.launches_go_to(compile_instead):
         for shape in shapes:
             label = str(shape)
-            launch_stitches(shape, DTYPES[dtype])
             launch_groups(shape, DTYPES[dtype])
         for width in sorted({shape.out_features for shape in shapes}):
             label = str(width)
-            launch_residual(width, DTYPES[dtype])
-    if CHIPS[arch].tma:
-        with launch.launches_go_to(compile_if_by_tma), loads(by_tma=True):
-            for shape in shapes:
-                label = str(shape)
-                launch_stitches(shape, DTYPES[dtype])
+            launch_norms(width, DTYPES[dtype])
     return sorted(found.values(), key=lambda build: build.kernel)
-
-
-@contextlib.contextmanager
-def loads(by_tma: bool) -> Iterator[None]:
-    """Lets kernels that can load by TMA do so, or lets none."""
-    with configs.override("project", TMA=int(by_tma)):
-        yield
-
-
-def launch_stitches(shape: Shape, numbers: Numbers, rows: int = ROWS) -> None:
-    """Calls both stitches, forward and backward with all gradients, on tensors without memory."""
-    operands: dict[str, Any] = dict(zip(PARAMETERS[:4], _parameters(shape, numbers), strict=False))
-    affine: dict[str, Any] = dict(zip(PARAMETERS[4:], _parameters(shape, numbers)[4:], strict=True))
-    x, grad = (
-        _tensor(numbers.tokens, rows, width) for width in (shape.in_features, shape.out_features)
-    )
-    calls: dict[str, Any] = {"x": x, **operands, "scaling": 1.0}
-    stitch.stitch_forward(**calls)
-    stitch.stitch_backward(grad, **calls, needs=[True] * 5)
-    y, normed, mean, rstd = stitch_layer_norm.stitch_layer_norm_forward(**calls, **affine, eps=1e-6)
-    stitch_layer_norm.stitch_layer_norm_backward(
-        y, normed, **calls, y=y, mean=mean, rstd=rstd, **affine, needs=[True] * 7
-    )
 
 
 def launch_groups(
@@ -310,7 +266,10 @@ def launch_groups(
     groups: int = GROUPS,
     identity: bool = False,
 ) -> None:
-    """Calls the grouped ops likewise, for so many groups of that shape; the last may do nothing."""
+    """Calls the grouped ops, forward and backward with all gradients, on tensors without memory.
+
+    They get so many groups of that shape, of which the last may do nothing.
+    """
     tensors = _parameters(shape, numbers) * groups
     if identity:
         tensors[-len(PARAMETERS) :] = [None] * len(PARAMETERS)
@@ -338,8 +297,12 @@ def _parameters(shape: Shape, numbers: Numbers) -> list[Tensor | None]:
     return [_tensor(numbers.parameters, *size) if 0 not in size else None for size in sizes]
 
 
-def launch_residual(width: int, numbers: Numbers, rows: int = ROWS) -> None:
-    """Calls ``residual_layer_norm`` as in inference and in training, with and without γ and s."""
+def launch_norms(width: int, numbers: Numbers, rows: int = ROWS) -> None:
+    """Calls the ops that normalise rows without groups likewise.
+
+    ``residual_layer_norm`` as in inference and in training, with and without γ and s, and
+    ``stitch_layer_norm``, whose products are torch's.
+    """
     h = _tensor(numbers.parameters, rows, width)  # under autocast the residual stream stays fp32
     branch = _tensor(numbers.tokens, rows, width)
     vector = _tensor(numbers.parameters, width)
@@ -355,6 +318,13 @@ def launch_residual(width: int, numbers: Numbers, rows: int = ROWS) -> None:
         residual_layer_norm.residual_layer_norm_backward(
             total, normed, *operands, total, mean, rstd, vector, vector, gradients
         )
+    weight = _tensor(numbers.parameters, width, width)
+    stitch: dict[str, Any] = {"x": branch, "weight": weight, "bias": vector, "scaling": 1.0}
+    stitch |= {"lora_A": None, "lora_B": None, "norm_weight": vector, "norm_bias": vector}
+    y, normed, mean, rstd = stitch_layer_norm.stitch_layer_norm_forward(**stitch, eps=1e-6)
+    stitch_layer_norm.stitch_layer_norm_backward(
+        y, normed, **stitch, y=y, mean=mean, rstd=rstd, needs=[True] * 3 + [False] * 2 + [True] * 2
+    )
 
 
 def _tensor(dtype: torch.dtype, *sizes: int) -> Tensor:
@@ -387,7 +357,7 @@ def _bytes(argument: Any, groups: int) -> int:
     match argument:
         case Tensor():
             return argument.numel() * argument.itemsize
-        case Operand(data=data) | TensorDescriptor(base=data):
+        case Operand(data=data):
             return _bytes(data, groups)
         case Parameter(one=one, table=table):
             return groups * _bytes(one, groups) + _bytes(table, groups)

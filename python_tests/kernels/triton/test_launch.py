@@ -4,8 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from snkernels.kernels.triton import configs, launch, stitch
+from snkernels.kernels.triton import configs, launch
+from snkernels.kernels.triton.multi_stitch import multi_stitch_forward
+
+
+def forward(x: Tensor, weight: Tensor) -> Tensor:
+    """Of one group, without what would take another launch."""
+    group = [weight, *[None] * 5]
+    return multi_stitch_forward(x, [0, len(x)], group, [1.0], len(weight), False, 1e-6)[0]
 
 
 @pytest.fixture
@@ -20,7 +28,7 @@ def options_of_a_forward(dtype: torch.dtype) -> dict[str, Any]:
     launches = []
     with launch.launches_go_to(lambda *launched: launches.append(launched)):
         x, weight = (torch.empty(50, 100, dtype=dtype, device="meta") for _ in range(2))
-        stitch.stitch_forward(x, weight, None, None, None, 1.0)
+        forward(x, weight)
     ((_, _, _, options),) = launches
     return dict(options)
 
@@ -48,9 +56,8 @@ def test_override_replaces_values_until_it_ends() -> None:
 def test_launches_run_again_after_they_went_elsewhere() -> None:
     x, weight = torch.ones(3, 4), torch.ones(5, 4)
     with pytest.raises(ZeroDivisionError), launch.launches_go_to(lambda *_: 1 // 0):
-        stitch.stitch_forward(x, weight, None, None, None, 1.0)
-    y = stitch.stitch_forward(x, weight, None, None, None, 1.0)
-    assert torch.equal(y, torch.full((3, 5), 4.0))
+        forward(x, weight)
+    assert torch.equal(forward(x, weight), torch.full((3, 5), 4.0))
 
 
 def test_launches_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Weights that hold their low-rank part, of one stitch and of groups of them."""
+"""Weights that hold their low-rank part."""
 
 import itertools
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snkernels.kernels.triton import configs, launch
 from snkernels.kernels.triton.groups import Groups
-from snkernels.kernels.triton.merge import merged, merged_of_groups
+from snkernels.kernels.triton.merge import merged_of_groups
 from snkernels.kernels.triton.multi_stitch import project
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -29,25 +29,37 @@ def judge(name: str, actual: Tensor, parameters: list[Tensor], scaling: float) -
     assert_as_exact_as_torch(name, actual, eager(actual.dtype), eager(torch.float64))
 
 
+def merged(dtype: torch.dtype, groups: list[list[Tensor]], scalings: list[float]) -> list[Tensor]:
+    """W' of each group's W, A and B, in tokens' dtype; by a projection of the identity."""
+    n, k = groups[0][0].shape
+    x = torch.eye(k, dtype=dtype).repeat(len(groups), 1)
+    offsets = [i * k for i in range(len(groups) + 1)]
+    tensors = [p for w, a, b in groups for p in (w, None, a, b, None, None)]
+    table = Groups(x, offsets, tensors, scalings, n)
+    y = torch.empty(len(x), n, dtype=dtype)
+    project(table, x, y, merged_of_groups(table, x, transposed=True))
+    return [own.t() for own in y.split(k)]
+
+
 @pytest.mark.usefixtures("right_bf16")
 @pytest.mark.parametrize(("dtype", "own"), list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_every_dtype(dtype: torch.dtype, own: torch.dtype) -> None:
-    parameters = make(70, 90, 20, own)
-    whole = merged(torch.empty(0, dtype=dtype), *parameters, 0.5)
-    assert whole.dtype == dtype
-    judge("W", whole, parameters, 0.5)
+    groups, scalings = [make(70, 90, 20, own) for _ in range(2)], [0.5, 2.0]
+    for whole, *given in zip(merged(dtype, groups, scalings), groups, scalings, strict=True):
+        judge("W", whole, *given)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16, 65, 128, 130])
 def test_ranks_and_edges(rank: int) -> None:
     """Several tiles in both directions, and of ranks, with a rest; all strides."""
-    parameters = make(33, 49, rank, torch.float32)
+    groups, scalings = [make(33, 49, rank, torch.float32) for _ in range(2)], [2.0, 0.5]
+    transposed = [[parameter.t().contiguous().t() for parameter in own] for own in groups]
     with configs.override("merge", BLOCK_N=16, BLOCK_K=16, BLOCK_R=16):
-        whole = merged(torch.empty(0), *parameters, 2.0)
-        transposed = [parameter.t().contiguous().t() for parameter in parameters]
-        assert torch.equal(merged(torch.empty(0), *transposed, 2.0), whole)
-    assert whole.is_contiguous()
-    judge("W", whole, parameters, 2.0)
+        by_rows = merged(torch.float32, groups, scalings)
+        by_columns = merged(torch.float32, transposed, scalings)
+    for whole, other, *given in zip(by_rows, by_columns, groups, scalings, strict=True):
+        assert torch.equal(whole, other)
+        judge("W", whole, *given)
 
 
 def launches_of(tensors: list[Tensor | None], x: Tensor) -> int:
@@ -60,7 +72,6 @@ def launches_of(tensors: list[Tensor | None], x: Tensor) -> int:
 
 def test_nothing_is_launched_where_nothing_changes() -> None:
     x, weight = torch.randn(6, 8), torch.randn(8, 8)
-    assert merged(x, weight, None, None, 1.0) is weight
     one, low_rank = [weight, *[None] * 5], [weight, None, torch.ones(2, 8), torch.ones(8, 2)]
     identity = [None] * 6
     assert launches_of([*one, *one], x) == launches_of([*one, *identity], x) == 0

@@ -58,10 +58,7 @@ def _overridable(heuristic: Callable[..., Config]) -> Callable[..., Config]:
 
 @_overridable
 def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_features: int) -> Config:
-    """For ``stitch._project_kernel``; TMA: whether that loads where it can, on chips that have it.
-
-    Groups load by pointers whatever it says.
-    """
+    """For ``multi_stitch._project_groups_kernel``."""
     if dtype == torch.float32 and precision == "ieee":
         # With three stages, sums of blocks beside the total spill under Triton 3.6.
         return _tiles(64, _block(out_features, 64), 16, num_warps=4, num_stages=2)
@@ -69,7 +66,7 @@ def project(dtype: torch.dtype, weight: torch.dtype, precision: str, out_feature
     block_k = 128 // max(dtype.itemsize, weight.itemsize)
     if out_features <= 64:  # the low-rank intermediates: small tiles leave room for long ones
         return _tiles(64, _block(out_features, 64), 2 * block_k, num_warps=8, num_stages=3)
-    return {**_tiles(128, 128, block_k, num_warps=8, num_stages=3), "TMA": 1}
+    return _tiles(128, 128, block_k, num_warps=8, num_stages=3)
 
 
 @_overridable
@@ -84,7 +81,7 @@ def merge(dtype: torch.dtype, precision: str, rank: int) -> Config:
 
 @_overridable
 def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
-    """For ``stitch._outer_kernel``; ``width`` is that of its right operand."""
+    """For ``outer._outer_kernel``; ``width`` is that of its right operand."""
     if dtype == torch.float32 and precision == "ieee":
         return _outer(16, 64, width)
     return _outer(128 // dtype.itemsize, 64 if width <= 64 else 128, width)
@@ -92,7 +89,7 @@ def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
 
 @_overridable
 def sum_rows() -> Config:
-    """For ``sums._sum_rows_kernel``."""
+    """For ``sums._sum_rows_kernel`` and ``sums._sum_groups_kernel``."""
     return {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
@@ -150,7 +147,7 @@ def _block(size: int, largest: int) -> int:
 
 def _tiles(block_m: int, block_n: int, block_k: int, **options: int) -> Config:
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**blocks, **options, "TMA": 0}
+    return {**blocks, **options}
 
 
 def _outer(block_m: int, block_p: int, width: int) -> Config:

@@ -1,8 +1,7 @@
 """``multi_stitch`` and ``multi_stitch_layer_norm`` in Triton: a stitch for each group of rows.
 
-The projections share the bodies of the single stitch's, but for where a program finds its work and
-its parameters (see ``groups``). All else is the single ops' own kernels, told of the groups. The
-backward is next door, in ``multi_stitch_backward``.
+A program finds its work and its parameters in tables (see ``groups``). LayerNorm is that of the
+ops without groups, told of them. The backward is next door, in ``multi_stitch_backward``.
 """
 
 from collections.abc import Sequence
@@ -27,9 +26,43 @@ from snkernels.kernels.triton.groups import (
 )
 from snkernels.kernels.triton.launch import dot_precision, launch
 from snkernels.kernels.triton.merge import merged_of_groups
+from snkernels.kernels.triton.norms import columns
 from snkernels.kernels.triton.operands import at, operand, store_tile
-from snkernels.kernels.triton.products import project_tile
+from snkernels.kernels.triton.products import dot
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows
+
+
+@triton.jit
+def _products(
+    x,
+    w,
+    o_m,
+    o_n,
+    M,
+    N,
+    K,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows ``o_m`` and columns ``o_n`` of x w, (M, K) by (K, N), as products in the dtype of x."""
+    o_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    m_m = o_m[:, None] < M
+    m_n = o_n[None, :] < N
+    p_x = at(x, o_m, o_k)
+    p_w = at(w, o_k, o_n)
+    step_x = tl.cast(x.strides[1], tl.int64) * BLOCK_K
+    step_w = tl.cast(w.strides[0], tl.int64) * BLOCK_K
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        m_k = o_k < K - k
+        x_tile = tl.load(p_x, mask=m_m & m_k[None, :], other=0.0)
+        w_tile = tl.load(p_w, mask=m_k[:, None] & m_n, other=0.0)
+        y = dot(y, x_tile, w_tile.to(x_tile.dtype), PRECISION)
+        p_x += step_x
+        p_w += step_w
+    return y
 
 
 @triton.jit(do_not_specialize=["M", "groups"])
@@ -56,13 +89,13 @@ def _project_groups_kernel(
     NARROW: of y = scaling · x w instead, or of zeros.
     """
     blocks_n = tl.cdiv(N, BLOCK_N)
+    # Tiles of the same rows run side by side, so that x comes from L2 all but once.
     pid = tl.program_id(0)
     group, row, end = find(p_offsets, groups, M, pid // blocks_n, BLOCK_M)
     if row >= end:
         return
-    column = (pid % blocks_n).to(tl.int64) * BLOCK_N
     o_m = row + tl.arange(0, BLOCK_M)
-    o_n = column + tl.arange(0, BLOCK_N)
+    o_n = (pid % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if IDENTITY and lacks(w, group):
         mask = (o_m[:, None] < end) & (o_n[None, :] < N)
         y = tl.load(at(x, o_m, o_n), mask=mask, other=0.0).to(tl.float32)
@@ -71,12 +104,10 @@ def _project_groups_kernel(
         terms = K
         if NARROW:
             terms = tl.where(lacks(w, group), 0, K)
-        y = project_tile(
-            x,
-            of_group(w, group),
-            of_group(bias, group),
-            *(row, column, end, N, terms, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
+        y = _products(
+            x, of_group(w, group), o_m, o_n, end, N, terms, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
         )
+        y += columns(of_group(bias, group), o_n, N, 0.0)
         if NARROW:
             y *= tl.load(p_scalings + group).to(tl.float32)
     store_tile(p_y, y, o_m, o_n, end, N)
@@ -100,7 +131,6 @@ def project(
     features = y.shape[1]
     precision = dot_precision(x.dtype)
     config = configs.project(x.dtype, w.one.data.dtype, precision, features)
-    config.pop("TMA")  # a descriptor is of one w, and groups find theirs in a table
     launch(
         _project_groups_kernel,
         (groups.tiles(config["BLOCK_M"]) * triton.cdiv(features, config["BLOCK_N"]),),

@@ -20,8 +20,8 @@ from snkernels.kernels.triton.groups import (
 )
 from snkernels.kernels.triton.merge import merged_of_groups
 from snkernels.kernels.triton.multi_stitch import low_rank, project
+from snkernels.kernels.triton.outer import outer
 from snkernels.kernels.triton.residual_layer_norm import normalize_rows_backward
-from snkernels.kernels.triton.stitch import outer
 from snkernels.kernels.triton.sums import column_sums
 
 
@@ -69,12 +69,12 @@ def multi_stitch_backward(
         found.update(zip((role for role, dtype in vectors.items() if dtype), sums, strict=True))
     need_A, need_B = needed(LORA_A), needed(LORA_B)
     if dtype := needed(WEIGHT):
-        found[WEIGHT] = outer(grad, x, dtype, groups=groups)
+        found[WEIGHT] = outer(grad, x, dtype, groups)
     if need_A:
         low_grad = low_rank(groups, grad, LORA_B)
-        found[LORA_A] = outer(x, low_grad, need_A, transposed=True, groups=groups)
+        found[LORA_A] = outer(x, low_grad, need_A, groups, transposed=True)
     if need_B:
-        found[LORA_B] = outer(grad, low_rank(groups, x), need_B, groups=groups)
+        found[LORA_B] = outer(grad, low_rank(groups, x), need_B, groups)
 
     grads: list[Tensor] = []
     if needs[0]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snkernels.kernels.triton import configs
-from snkernels.kernels.triton.groups import Groups, bounds, in_chunks, rows_of
+from snkernels.kernels.triton.groups import Groups, bounds, find
 from snkernels.kernels.triton.launch import launch
 from snkernels.kernels.triton.operands import at, operand
 
@@ -39,15 +39,15 @@ def _sum_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out[i] = the sum over the i-th chunk of rows."""
+    """out[i] = the fp32 sum over the i-th chunk of rows."""
     pid = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    _, start, end = rows_of(p_offsets, groups, M, pid, chunk)
-    if p_offsets is not None and start >= end:
+    _, start, end = find(p_offsets, groups, M, pid, chunk)
+    if start >= end:
         return
     end = tl.minimum(start + chunk, end)
     total = sum_of_rows(matrix, o_n, start, end, N, BLOCK_M)
-    tl.store(p_out + pid * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
+    tl.store(p_out + pid * N + o_n, total, mask=o_n < N)
 
 
 @triton.jit(do_not_specialize=["M", "chunk"])
@@ -71,41 +71,9 @@ def _sum_groups_kernel(
     tl.store(p_out + group * N + o_n, total.to(p_out.dtype.element_ty), mask=o_n < N)
 
 
-def sum_rows(
-    matrix: Tensor, chunk: int, dtype: torch.dtype, groups: Groups | None = None
-) -> Tensor:
-    """The fp32 sums over each ``chunk`` rows of an (M, N) matrix, (chunks, N) in ``dtype``.
-
-    With groups a chunk is of one group's rows, and the sum of one without rows is not written.
-    """
-    rows, width = matrix.shape
-    chunks, *found_by = in_chunks(rows, chunk, groups)
-    sums = torch.empty((chunks, width), dtype=dtype, device=matrix.device)
-    config = configs.sum_rows()
-    launch(
-        _sum_rows_kernel,
-        (triton.cdiv(width, config["BLOCK_N"]), chunks),
-        operand(matrix),
-        sums,
-        rows,
-        width,
-        chunk,
-        *found_by,
-        **config,
-    )
-    return sums
-
-
-def sum_chunks(
-    partial: Tensor, chunk: int, dtype: torch.dtype, groups: Groups | None = None
-) -> Tensor:
-    """The sum of what the chunks of ``chunk`` rows add, (chunks, N): (N,) in ``dtype``.
-
-    With groups the sum for each of them: (groups, N).
-    """
-    chunks, width = partial.shape
-    if groups is None:
-        return sum_rows(partial, chunks, dtype)[0]
+def sum_chunks(partial: Tensor, chunk: int, dtype: torch.dtype, groups: Groups) -> Tensor:
+    """The sums of what the chunks of ``chunk`` rows add, (chunks, N): (groups, N) in ``dtype``."""
+    width = partial.shape[1]
     sums = torch.empty((groups.count, width), dtype=dtype, device=partial.device)
     config = configs.sum_rows()
     launch(
@@ -122,11 +90,27 @@ def sum_chunks(
     return sums
 
 
-def column_sums(matrix: Tensor, dtype: torch.dtype, groups: Groups | None = None) -> Tensor:
-    """The fp32 sum over all rows of an (M, N) matrix, (N,) in ``dtype``; of groups (groups, N)."""
-    rows = matrix.shape[0]
+def column_sums(matrix: Tensor, dtype: torch.dtype, groups: Groups) -> Tensor:
+    """The fp32 sums over each group's rows of an (M, N) matrix: (groups, N) in ``dtype``."""
+    rows, width = matrix.shape
     chunk = triton.cdiv(rows, max(1, min(128, rows // 32)))
-    return sum_chunks(sum_rows(matrix, chunk, torch.float32, groups), chunk, dtype, groups)
+    chunks = groups.tiles(chunk)
+    # That of a chunk without rows is not written, and nobody looks at it.
+    partial = torch.empty((chunks, width), dtype=torch.float32, device=matrix.device)
+    config = configs.sum_rows()
+    launch(
+        _sum_rows_kernel,
+        (triton.cdiv(width, config["BLOCK_N"]), chunks),
+        operand(matrix),
+        partial,
+        rows,
+        width,
+        chunk,
+        groups.offsets,
+        groups.count,
+        **config,
+    )
+    return sum_chunks(partial, chunk, dtype, groups)
 
 
 @triton.jit(do_not_specialize=["CHUNKS"])
