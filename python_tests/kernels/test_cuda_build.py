@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from snkernels.kernels import disassembly
+from snkernels.kernels import disassembly, native
 
 HOPPER_KERNEL = "stitch_layer_norm_sm90_kernel"
 
@@ -58,33 +58,50 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [
         name.split()[1]
         for name in disassembly.resources()
-        if re.search(HOPPER_KERNEL + r"I13__nv_bfloat16Li(192|256)ELi(0|64)ELi(1|32)E", name)
-        or re.search(r"bias_layer_norm_kernelI(f|6__half)Li32E", name)
+        if re.search(HOPPER_KERNEL + r"I13__nv_bfloat16Li(64|128)ELi(1|32)E", name)
+        or "merge_kernelI6__half" in name
     ]
     instructions = disassembly.instructions
     monkeypatch.setattr(disassembly, "instructions", lambda: instructions(chosen))
-    shapes = [report.Shape(384, 1024, 64), report.Shape(1024, 384, 64), report.Shape(384, 768, 128)]
+    shapes = [
+        report.Shape(384, 1024, 64),
+        report.Shape(384, 1024, 0),
+        report.Shape(192, 1024, 0),  # with less of W there is room for more of x
+        report.Shape(1024, 384, 64),  # too large a W
+    ]
     builds = report.cuda_builds([90], shapes)
     found = {(b.kernel, b.dtype, *b.options["template"]): b for b in builds}
-    assert len(found) == len(builds) == 10
+    assert len(found) == len(builds) == 6
 
-    one, many = (found[HOPPER_KERNEL, "bf16", 256, 64, groups] for groups in (1, 32))
-    # Three stages of 128 rows of x, 256 of W and 64 of A, 128 bytes each. Two sets of the mean and
-    # M2 of 128 rows in 8 slices, three vectors, and barriers: 16 and twice 4.
-    rest = 2 * 8 * 128 * 8 + 3 * 256 * 4 + (16 + 8) * 8
-    assert one.shared == many.shared == 3 * (128 + 256 + 64) * 128 + rest
-    assert one.ctas_per_sm == 1
-    assert not report.faults(one)
-    rows, parameters = report.ROWS, 1024 * 384 + 64 * (384 + 1024) + 3 * 1024
-    for build, groups in ((one, 1), (many, report.GROUPS)):
-        (launched,) = build.launches
-        assert launched.shape == "384→1024 r64"
-        assert launched.bytes == 2 * (rows * (384 + 2 * 1024) + groups * parameters) + 8 * rows
-        assert launched.flops == 2 * rows * (1024 * 384 + 64 * (384 + 1024))
+    rows = report.ROWS
+    for slots, groups in ((1, 1), (32, report.GROUPS)):
+        build = found[HOPPER_KERNEL, "bf16", 128, slots]
+        sizes = [native._C.cuda_sm90_kernel_for(k, 1024, slots > 1)[3] for k in (192, 384)]
+        assert build.shared == max(sizes) > min(sizes)
+        assert build.ctas_per_sm == 1
+        assert not report.faults(build)
+        launched, other = build.launches
+        assert (launched.shape, other.shape) == ("384→1024", "192→1024")
+        parameters = groups * (1024 * 384 + 3 * 1024)
+        assert launched.bytes == 2 * (rows * (384 + 2 * 1024) + parameters) + 8 * rows
+        assert launched.flops == 2 * rows * 1024 * 384
         assert launched.floor_us == round(launched.bytes / 3.35e12 * 1e6, 2)
-    assert found[HOPPER_KERNEL, "bf16", 192, 64, 1].launches[0].shape == "1024→384 r64"
-    assert not found[HOPPER_KERNEL, "bf16", 256, 0, 1].launches
-    norm = found["bias_layer_norm_kernel", "fp32", 32]
-    assert norm.shared == 0
-    assert [launched.shape for launched in norm.launches] == ["1024", "768"]
-    assert norm.launches[0].bytes == 4 * (3 * rows * 1024 + 3 * 1024) + 8 * rows
+        unused = found[HOPPER_KERNEL, "bf16", 64, slots]
+        assert (unused.shared, unused.launches) == (0, [])
+
+    for dtype, itemsize, shapes_merged in (
+        ("fp16", 2, ["384→1024 r64"]),
+        ("fp16/fp32", 4, ["384→1024 r64", "384→1024 r0", "192→1024 r0"]),
+    ):
+        merge = found["merge_kernel", dtype]
+        assert merge.shared == 18432
+        assert merge.mma_sync > 0
+        assert not report.faults(merge)
+        assert [launched.shape for launched in merge.launches] == shapes_merged * 2
+        for launched, groups in (
+            (merge.launches[0], 1),
+            (merge.launches[len(shapes_merged)], report.GROUPS),
+        ):
+            read = itemsize * (1024 * 384 + 64 * (384 + 1024))
+            assert launched.bytes == groups * (read + 2 * 1024 * 384)
+            assert launched.flops == groups * 2 * 1024 * 384 * 64

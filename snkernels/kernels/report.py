@@ -402,8 +402,8 @@ def _found(pattern: str, log: str) -> str:
     return match[1]
 
 
-# The kernels of the compiled module. In the second a warp holds a row.
-_SM90, _LAYER_NORM, _LANES = "stitch_layer_norm_sm90_kernel", "bias_layer_norm_kernel", 32
+# The kernels of the compiled module.
+_SM90, _MERGE = "stitch_layer_norm_sm90_kernel", "merge_kernel"
 # What stands for half-precision dtypes in mangled names.
 _MANGLED = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
 
@@ -414,17 +414,26 @@ def cuda_builds(arches: Iterable[int], shapes: Sequence[Shape]) -> list[Build]:
     Their launches are those for these shapes; local memory counts as spilled.
     """
     resources = disassembly.resources()
-    names = {name: _demangled(name.split()[1]) for name in resources}
-    widths = {_LANES * own[0] for kernel, own in names.values() if kernel == _LAYER_NORM}
     found = []
     for name, code in disassembly.instructions().items():
         architecture, mangled = name.split()
         arch, used = int(re.findall(r"\d+", architecture)[0]), resources[name]
         if arch not in arches:
             continue
-        kernel, arguments = names[name]
-        dtype = next((d for part, d in _MANGLED.items() if part in mangled), "fp32")
-        shared = used.shared + _asked_for_at_launch(kernel, arguments)
+        kernel, arguments = _demangled(mangled)
+        part, dtype = next(item for item in _MANGLED.items() if item[0] in mangled)
+        shared, launches = used.shared, []
+        if kernel == _SM90:
+            width, slots = arguments
+            run = [(s, own) for s, own in _that_run(slots > 1, shapes) if own[0] == width]
+            # What it asks for at launch depends on the shape.
+            shared += max((own[3] for _, own in run), default=0)
+            groups = GROUPS if slots > 1 else 1
+            launches = _stitch_launches([shape for shape, _ in run], groups, arch, dtype)
+        elif kernel == _MERGE:
+            # Weights of fp32 beside tokens in half precision, or both alike.
+            dtype += "/fp32" if f"{part}fE" in mangled else ""
+            launches = _merge_launches(arch, dtype, shapes)
         wgmma = code.count("HGMMA")
         found.append(
             Build(
@@ -443,59 +452,55 @@ def cuda_builds(arches: Iterable[int], shapes: Sequence[Shape]) -> list[Build]:
                 serialised=0 < wgmma == code.count("WARPGROUP.DEPBAR"),
                 narrow_addresses=0,
                 ctas_per_sm=CHIPS[arch].ctas_per_sm(used.threads // 32, used.registers, shared),
+                # The merge multiplies by mma.sync on every chip: bytes bound it.
                 multiplies=kernel == _SM90,
-                launches=_cuda_launches(kernel, arguments, arch, dtype, shapes, widths),
+                launches=launches,
             )
         )
     return found
 
 
-def _sm90(cols: int, rank: int) -> tuple[int, int, int]:
-    """(slice width, padded rank, dynamic shared memory) of the kernel for these; zeros for none."""
-    return native._C.cuda_sm90_kernel_for(cols, rank) or (0, 0, 0)
+def _that_run(
+    grouped: bool, shapes: Sequence[Shape]
+) -> list[tuple[Shape, tuple[int, int, int, int]]]:
+    """The shapes that the Hopper kernel takes, with (width, slices, stages, bytes) of each."""
+    chosen = (
+        (shape, native._C.cuda_sm90_kernel_for(shape.in_features, shape.out_features, grouped))
+        for shape in shapes
+    )
+    return [(shape, own) for shape, own in chosen if own is not None]
 
 
-def _asked_for_at_launch(kernel: str, arguments: Sequence[int]) -> int:
-    """Bytes of dynamic shared memory."""
-    if kernel != _SM90:
-        return 0
-    *chosen, shared = _sm90(*arguments[:2])
-    assert chosen == arguments[:2], f"{chosen} is launched in place of {arguments[:2]}"
-    return shared
-
-
-def _cuda_launches(
-    kernel: str,
-    arguments: Sequence[int],
-    arch: int,
-    dtype: str,
-    shapes: Sequence[Shape],
-    widths: Iterable[int],
-) -> list[Launch]:
-    """The launches of a kernel for those shapes that run it.
-
-    ``widths``: of the widest rows that each of the LayerNorm kernels takes.
-    """
-    numbers = DTYPES[dtype]
+def _stitch_launches(shapes: Sequence[Shape], groups: int, arch: int, dtype: str) -> list[Launch]:
+    """Those of the Hopper kernel, whatever the rank: W' holds the low-rank part."""
+    tokens = DTYPES[dtype].tokens
     found: list[Launch] = []
     for shape in shapes:
-        k, n, r = shape.in_features, shape.out_features, shape.rank
-        parameters, flops = _parameters(shape, numbers), 0
-        if kernel == _SM90 and _sm90(n, r)[:2] == tuple(arguments[:2]):
-            groups = GROUPS if arguments[2] > 1 else 1
-            inputs = [_tensor(numbers.tokens, ROWS, k), *parameters * groups]
-            label, sizes = str(shape), {"M": ROWS, "N": n, "K": k, "R": r, "groups": groups}
-            flops = 2 * ROWS * (n * k + r * (n + k))
-        elif kernel == _LAYER_NORM and _LANES * arguments[0] == min(w for w in widths if w >= n):
-            inputs = [_tensor(numbers.tokens, ROWS, n), parameters[1], *parameters[4:]]
-            label, sizes = str(n), {"M": ROWS, "N": n}
-        else:
-            continue
-        outputs = [_tensor(numbers.tokens, ROWS, n)] * 2 + [_tensor(torch.float32, ROWS)] * 2
-        moved = sum(_bytes(tensor, 1) for tensor in (*inputs, *outputs))
-        launched = _bounded(label, sizes, moved, flops, arch, dtype)
+        k, n = shape.in_features, shape.out_features
+        parameters = _tensor(tokens, groups, n, k), _tensor(tokens, groups, 3, n)
+        outputs = _tensor(tokens, 2, ROWS, n), _tensor(torch.float32, 2, ROWS)
+        moved = sum(_bytes(t, 1) for t in (_tensor(tokens, ROWS, k), *parameters, *outputs))
+        sizes = {"M": ROWS, "N": n, "K": k, "groups": groups}
+        launched = _bounded(f"{k}→{n}", sizes, moved, 2 * ROWS * n * k, arch, dtype)
         if launched not in found:
             found.append(launched)
+    return found
+
+
+def _merge_launches(arch: int, dtype: str, shapes: Sequence[Shape]) -> list[Launch]:
+    """Those before the Hopper kernel's, for one stitch and for groups of them."""
+    tokens, parameters, _ = DTYPES[dtype]
+    found: list[Launch] = []
+    for grouped in (False, True):
+        for shape, _ in _that_run(grouped, shapes):
+            k, n, r = shape.in_features, shape.out_features, shape.rank
+            if r == 0 and tokens == parameters:
+                continue  # W is W'
+            groups = GROUPS if grouped else 1
+            read = groups * (n * k + r * (n + k)) * parameters.itemsize
+            sizes = {"N": n, "K": k, "R": r, "groups": groups}
+            moved, flops = read + groups * n * k * tokens.itemsize, 2 * groups * n * k * r
+            found.append(_bounded(str(shape), sizes, moved, flops, arch, dtype))
     return found
 
 
