@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck python -m benchmarks.every_kernel
 
-It tells what ran, not whether it was right: that is for the tests. Never run on a GPU yet.
+It tells what ran, not whether it was right: that is for the tests.
 """
 
 import sys

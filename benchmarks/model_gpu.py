@@ -7,7 +7,7 @@ runs in inference under autocast to bf16, once on each backend. Times are those 
 GPU's stream; of the CPU where launches are what is timed. Nothing is recorded of logits that are
 less exact than those of the release's forward under the same autocast, by the rule of the tests.
 
-This has never run on a GPU: what it does is tested with a CPU that stands in for one.
+Its own logic is tested with a CPU that stands in for a GPU.
 """
 
 import argparse

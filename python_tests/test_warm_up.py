@@ -154,11 +154,11 @@ def test_compiled_kernels_are_listed_and_other_hooks_still_called() -> None:
     try:
         with warm_up._compiled_kernels() as names:
             knobs.runtime.jit_post_compile_hook(
-                fn=SimpleNamespace(name="module._project_kernel"),
+                fn=SimpleNamespace(name="module._merge_kernel"),
                 compile={"signature": {"p_x": "*bf16", "M": "i32", "p_y": "*fp32"}},
             )
-        assert names == ["_project_kernel(*bf16, *fp32)"]
-        assert seen == ["module._project_kernel"]
+        assert names == ["_merge_kernel(*bf16, *fp32)"]
+        assert seen == ["module._merge_kernel"]
         assert knobs.runtime.jit_post_compile_hook is mine
     finally:
         knobs.runtime.jit_post_compile_hook = None

@@ -3,8 +3,6 @@
 No call waits for a GPU, nor does the GPU wait for a copy where it has the integers already: they
 are kept by value, so that a repeated call, and a graph that is captured after one, finds them in
 place. A parameter that moves makes another table, as its address is among the values.
-
-Never run on a GPU yet.
 """
 
 from collections import OrderedDict

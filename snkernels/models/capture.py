@@ -1,6 +1,6 @@
 """CUDA graphs of a model's forward: one launch where there were hundreds.
 
-None of this has run on a GPU yet; on a CPU its logic is tested with a stand-in for the graph.
+On a CPU its logic is tested with a stand-in for the graph.
 """
 
 from __future__ import annotations

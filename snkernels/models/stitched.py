@@ -280,7 +280,7 @@ class StitchedViT(nn.Module):
         routes: Literal["all"] | Sequence[int] | None = None,
         max_rows: int | None = None,
     ) -> CapturedForward:
-        """Capture a forward of the model in eval mode as a CUDA graph; it never ran on a GPU yet.
+        """Capture a forward of the model in eval mode as a CUDA graph.
 
         What is captured runs in inference mode, under the autocast of the moment.  Graphs of one
         model share one pool of memory.

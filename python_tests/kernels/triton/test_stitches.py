@@ -2,7 +2,7 @@
 
 Off a GPU they run in Triton's interpreter. It takes tiles that a GPU refuses (test_report.py looks
 at those), runs one program after the other, so that no race shows, and computes tf32 as fp32; bf16
-is right only as repaired in conftest.py. What that leaves open waits for a GPU.
+is right only as repaired in conftest.py. What that leaves open takes a GPU.
 """
 
 from collections.abc import Iterator
