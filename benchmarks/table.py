@@ -36,8 +36,9 @@ LEGEND = (
     "and so gives `lora_A` and `lora_B` no gradient; *torch backend* is the op where no kernel is "
     "chosen; – was not timed (torch.compile compiles for long, so only where a claim rests on it). "
     "*call* is one row, so small that its time is the cost of a call: the mean of 100 in a row. As "
-    "in a model, each call has other arguments than those before it, more than caches hold; not so "
-    "*call* and what is *cached*."
+    "in a model, each call has other arguments than those before it, more than caches hold, and on "
+    "a CPU as much memory as fills them twice is read between calls, untimed; not so *call* and "
+    "what is *cached*."
 )
 
 

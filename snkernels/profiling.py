@@ -58,8 +58,7 @@ def profile(
 
     The model is measured as it is: compiled blocks are measured compiled. It runs in eval mode and
     inference mode, and the training flags of its modules are restored. On an otherwise idle machine
-    the figures mean most. On a GPU parts are timed by events on its stream, without graphs; that
-    has never run on a GPU yet.
+    the figures mean most. On a GPU parts are timed by events on its stream, without graphs.
 
     Args:
         model: A stitched model.
@@ -252,7 +251,7 @@ class _Watch:
 
 
 class _GPUWatch:
-    """The same by events on the current stream of a GPU. It has never run."""
+    """The same by events on the current stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
