@@ -63,7 +63,7 @@ def test_instruction_sets() -> None:
 def test_cuda_is_reported() -> None:
     if native.CUDA_VERSION is None:
         assert native._C.cuda_archs is None
-        assert not hasattr(native._C, "cuda_bias_layer_norm")
+        assert not hasattr(native._C, "cuda_merge")
     else:
         assert native._C.cuda_archs == "sm_90a"
         assert native._C.cuda_device_count() >= 0

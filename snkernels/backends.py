@@ -93,6 +93,10 @@ def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
         return f"the compiled module did not import: {native.IMPORT_ERROR}"
     if backend == "cuda" and native.CUDA_VERSION is None:
         return "the compiled module was built without CUDA"
+    if backend == "cuda" and importlib.util.find_spec("triton") is None:
+        return (
+            "triton is not installed, which computes gradients, and what the chip has no room for"
+        )
     if backend != device:
         return f"it runs on {backend} tensors, not on {device}"
     return None

@@ -253,13 +253,14 @@ def residual(
     Shapes: h, branch (M, N), layer_scale (N,), drop_path_scale (B,) for M / B rows each.
     """
     dtype = torch.promote_types(h.dtype, branch.dtype)
-    factor = _of_rows(drop_path_scale, branch)
-    if factor is None:
-        factor = layer_scale
-    elif layer_scale is not None:
-        branch = branch * layer_scale
-    # The last product and the sum are rounded once, without a copy in fp32.
-    return h + branch if factor is None else torch.addcmul(h, branch, factor).to(dtype)
+    factors = [f for f in (layer_scale, _of_rows(drop_path_scale, branch)) if f is not None]
+    if len(factors) < 2:
+        # Product and sum are rounded once, without copies in fp32.
+        return torch.addcmul(h, branch, *factors).to(dtype) if factors else h + branch
+    wide = torch.promote_types(dtype, torch.float32)
+    for factor in factors:
+        branch = branch.to(wide) * factor.to(wide)
+    return (h.to(wide) + branch).to(dtype)
 
 
 def residual_backward(
@@ -268,12 +269,16 @@ def residual_backward(
     layer_scale: Tensor | None,
     drop_path_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of branch and layer_scale, given that of the sum, which is also that of h."""
+    """Gradients of branch and layer_scale, given that of the sum, which is also that of h.
+
+    In fp32 (fp64 for fp64).
+    """
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     factor = _of_rows(drop_path_scale, branch)
-    scaled = grad if factor is None else grad * factor
+    scaled = grad if factor is None else grad * factor.to(grad.dtype)
     if layer_scale is None:
         return scaled, None
-    return scaled * layer_scale, (scaled * branch).sum(0)
+    return scaled * layer_scale.to(grad.dtype), (scaled * branch.to(grad.dtype)).sum(0)
 
 
 def _of_rows(drop_path_scale: Tensor | None, rows: Tensor) -> Tensor | None:

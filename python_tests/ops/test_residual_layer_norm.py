@@ -62,3 +62,22 @@ def test_bad_arguments(change: dict, message: str) -> None:
     arguments = {"h": torch.randn(3, 4, 8), "branch": torch.randn(3, 4, 8)} | change
     with pytest.raises((TypeError, ValueError), match=message):
         residual_layer_norm(**arguments)
+
+
+def test_small_gradients_of_fp16_add_up(backend: str) -> None:
+    """Each product is below what fp16 holds."""
+    scale = torch.ones(64).half().requires_grad_()
+    branch = torch.full((4096, 64), 1e-3).half()
+    total, _ = residual_layer_norm(torch.zeros_like(branch), branch, scale)
+    upper = torch.full_like(total, 1e-5)
+    (grad,) = torch.autograd.grad(total, scale, upper)
+    exact = (branch.double() * upper.double()).sum(0)
+    torch.testing.assert_close(grad.double(), exact, rtol=2e-2, atol=0)
+
+
+def test_what_is_dropped_does_not_overflow(backend: str) -> None:
+    kept = torch.tensor([0.0, 1.0]).half()
+    branch = torch.full((2, 3, 64), 300.0).half()
+    scale = torch.full((64,), 300.0).half()
+    total, _ = residual_layer_norm(torch.ones_like(branch), branch, scale, kept)
+    assert torch.equal(total[0], torch.ones_like(total[0]))
