@@ -113,8 +113,10 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is the identity" in str(native.cluster_kernel_obstacle(x, [None]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "9.0, not on 8.0" in obstacle(torch.bfloat16, 384, 1024)
-    with pytest.raises(ValueError, match=r"cannot run: it runs on compute capability 9\.0"):
-        native.cuda_stitch_layer_norm(x, torch.empty(8, 8), None, None, None, 1.0, None, None, 1e-6)
+    done = native.cuda_stitch_layer_norm(
+        x, torch.empty(8, 8), None, None, None, 1.0, None, None, 1e-6
+    )
+    assert done is None
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -396,15 +396,14 @@ def cuda_stitch_layer_norm(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """(y, LN(y), mean, 1/σ) by one Hopper kernel; see :mod:`snkernels.reference`.
 
     W + scaling · B A is merged first, in a launch of its own, and rounded once to the dtype of x,
     in which A and B are multiplied. So is a W of another dtype; a frozen one without a low-rank
     part is best kept in that of x.
 
-    Raises:
-        ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
+    None if :func:`cluster_kernel_obstacle` names one.
     """
     own = (weight, bias, lora_A, lora_B, norm_weight, norm_bias)
     return _cluster_kernel(x, None, own, (scaling,), eps)
@@ -416,15 +415,14 @@ def cuda_multi_stitch_layer_norm(
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """The same kernels over groups of rows, 32 of them in a launch; ``tensors`` holds six of each.
 
     Offsets in device memory are read by the kernel alone, so nobody waits for them, and a captured
     graph goes by those that it finds when it is replayed; those of a list go into the launch.
     Rows that belong to no group are not written.
 
-    Raises:
-        ValueError: operands that :func:`cluster_kernel_obstacle` names the obstacle of.
+    None if :func:`cluster_kernel_obstacle` names one.
     """
     if isinstance(group_offsets, list):
         group_offsets = torch.tensor(group_offsets, device="cpu")
@@ -437,11 +435,11 @@ def _cluster_kernel(
     tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """``tensors``: W, b, A, B, norm weight and norm bias of each group."""
     weights = tensors[::_TENSORS]
-    if obstacle := cluster_kernel_obstacle(x, weights, group_offsets is not None):
-        raise ValueError(f"the Hopper kernel cannot run: {obstacle}")
+    if cluster_kernel_obstacle(x, weights, group_offsets is not None):
+        return None
     (rows, in_features), features = x.shape, weights[0].shape[0]  # type: ignore[union-attr]
     device, stream = x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     # Until the launches, or one copy's memory would be given to the next.

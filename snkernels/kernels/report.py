@@ -140,7 +140,6 @@ class Shape:
         return f"{self.in_features}→{self.out_features} r{self.rank}"
 
 
-WIDTHS = (192, 384, 768, 1024, 1280)
 PAPER = (384, 768, 1024)
 ALL = [
     *(

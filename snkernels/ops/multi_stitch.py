@@ -238,10 +238,12 @@ def _cuda(
     normalize: bool,
     eps: float,
 ) -> Outputs:
-    weights = tensors[::TENSORS]
-    if normalize and tensors and native.cluster_kernel_obstacle(x, weights, grouped=True) is None:
-        return native.cuda_multi_stitch_layer_norm(x, group_offsets, tensors, scalings, eps)
-    return _triton(x, group_offsets, tensors, scalings, out_features, normalize, eps)
+    done = None
+    if normalize and tensors:
+        done = native.cuda_multi_stitch_layer_norm(x, group_offsets, tensors, scalings, eps)
+    if done is None:
+        done = _triton(x, group_offsets, tensors, scalings, out_features, normalize, eps)
+    return done
 
 
 _forward_op = register(

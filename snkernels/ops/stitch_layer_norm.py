@@ -64,8 +64,8 @@ _triton_backward = without_autocast(
 
 @without_autocast
 def _cuda(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fits = native.cluster_kernel_obstacle(x, (weight,)) is None
-    return (native.cuda_stitch_layer_norm if fits else _triton)(x, weight, *others)
+    done = native.cuda_stitch_layer_norm(x, weight, *others)
+    return _triton(x, weight, *others) if done is None else done
 
 
 _forward_op = register(

@@ -1,9 +1,9 @@
 """``stitch_layer_norm``: torch's products, and LayerNorm both ways in Triton.
 
 On an H200 torch's GEMM by a merged weight is faster than any of Triton. What is slow about torch
-there is LayerNorm: one pass that finds y in L2 takes a third of its time. LN(y) is that of the y
-which is returned, rounded to its dtype, so that the backward, which has only that y, belongs to
-exactly this function.
+there is LayerNorm, so a pass of our own follows, which finds y in L2. LN(y) is that of the y which
+is returned, rounded to its dtype, so that the backward, which has only that y, belongs to exactly
+this function.
 """
 
 from collections.abc import Sequence
