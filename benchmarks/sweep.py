@@ -331,7 +331,7 @@ def _normalize(dtype: torch.dtype, rows: int, n: int) -> Case:
         total = reference.residual(h, branch, layer_scale, None)
         return [total, reference.layer_norm(total, weight, bias, 1e-6)[0]]
 
-    chosen = configs.normalize_rows(n)
+    chosen = configs.normalize_rows(dtype, dtype, n)
     return Case("normalize_rows", f"M{rows} N{n}", chosen, make, call, exact)
 
 
@@ -360,7 +360,7 @@ def _normalize_backward(dtype: torch.dtype, rows: int, n: int) -> Case:
         branch_grads = reference.residual_backward(grad, t["branch"], t["layer_scale"], None)
         return [g.to(total.dtype) for g in (grad, *branch_grads, *norm_grads)]
 
-    chosen = configs.normalize_rows_backward(dtype, n)
+    chosen = configs.normalize_rows_backward(dtype, dtype, n)
     return Case("normalize_rows_backward", f"M{rows} N{n}", chosen, make, call, exact)
 
 

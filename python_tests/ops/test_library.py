@@ -81,8 +81,8 @@ def test_opcheck_of_columns_one_after_another(name: str, backend: str) -> None:
 
 
 @about_the_cpu
-@pytest.mark.parametrize("name", ["multi_stitch", "multi_stitch_backward"])
-def test_opcheck_of_groups_in_triton(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if "triton" in OFFERED[name]])
+def test_opcheck_in_triton(name: str) -> None:
     """Outputs must not share memory, which gradients made in one buffer easily do."""
     with backends.use_backend("torch"):
         args = arguments(torch.float32, Shape(9, 5, 4, 2))[name]

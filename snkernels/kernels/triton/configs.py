@@ -84,7 +84,10 @@ def outer(dtype: torch.dtype, precision: str, width: int) -> Config:
     """For ``outer._outer_kernel``; ``width`` is that of its right operand."""
     if dtype == torch.float32 and precision == "ieee":
         return _outer(16, 64, width)
-    return _outer(128 // dtype.itemsize, 64 if width <= 64 else 128, width)
+    config = _outer(128 // dtype.itemsize, 64 if width <= 64 else 128, width)
+    if dtype == torch.float32:
+        config["num_stages"] = 2  # a third would spill for an A100
+    return config
 
 
 @_overridable
@@ -100,23 +103,23 @@ def sum_partials() -> Config:
 
 
 @_overridable
-def normalize_rows(features: int) -> Config:
-    """For ``residual_layer_norm._normalize_kernel``."""
+def normalize_rows(dtype: torch.dtype, norm: torch.dtype, features: int) -> Config:
+    """For ``residual_layer_norm._normalize_kernel``; ``norm`` is the dtype of its parameters."""
     # 32 values of each tensor to a thread: four loads of 16 bytes in half precision.
-    return _rows(features, 1, 2, 32)
+    config = _rows(features, 1, 2, 32)
+    return config if norm == dtype else _with_all_registers(config)
 
 
 @_overridable
-def normalize_rows_backward(dtype: torch.dtype, features: int) -> Config:
+def normalize_rows_backward(dtype: torch.dtype, norm: torch.dtype, features: int) -> Config:
     """For ``residual_layer_norm._normalize_backward_kernel``; CTAS_PER_SM is for its grid."""
     config = _rows(features, 2 if features <= 1024 else 1, 1, 16)
     # Of four tensors the rows of two steps are in shared memory, beside those computed with:
     # 64 KiB of it. Wider rows come when they are needed.
     ahead = config["BLOCK_M"] * config["BLOCK_N"] * dtype.itemsize <= 8192
     config |= {"CTAS_PER_SM": max(1, 8 // config["num_warps"]), "STAGES": 3 if ahead else 1}
-    if config["num_warps"] == 1:
-        # For an A100 the assembler would spill, to make room for more CTAs than the grid has.
-        config["maxnreg"] = 255
+    if norm != dtype or config["num_warps"] == 1:
+        return _with_all_registers(config)
     return config
 
 
@@ -138,6 +141,11 @@ def _rows(features: int, rows: int, warps: int, per_thread: int) -> Config:
     warps = min(16, max(warps, rows * block_n // (32 * per_thread)))
     block_m = max(1, warps * 32 * per_thread // block_n)
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
+
+
+def _with_all_registers(config: Config) -> Config:
+    """For kernels that would spill: the assembler makes room for more CTAs on an SM than gain."""
+    return {**config, "maxnreg": min(255, 65536 // (32 * config["num_warps"]))}
 
 
 def _block(size: int, largest: int) -> int:

@@ -190,7 +190,7 @@ def normalize_rows(
     With groups each has a norm of its own, a parameter in place of an operand.
     """
     rows, features = h.shape
-    config = configs.normalize_rows(features)
+    config = configs.normalize_rows(h.dtype, _dtype_of(norm_weight, h.dtype), features)
     tiles, *found_by = in_chunks(rows, config["BLOCK_M"], groups)
     launch(
         _normalize_kernel,
@@ -234,7 +234,8 @@ def normalize_rows_backward(
         grad_h, before it is rounded.
     """
     rows, features = total.shape
-    config = configs.normalize_rows_backward(total.dtype, features)
+    norm = _dtype_of(norm_weight, total.dtype)
+    config = configs.normalize_rows_backward(total.dtype, norm, features)
     chunk = configs.chunk(rows, config["BLOCK_M"], config.pop("CTAS_PER_SM"), total.device)
     chunks, *found_by = in_chunks(rows, chunk, groups)
     wanted = [dtype for dtype in vectors if dtype is not None]
@@ -331,3 +332,9 @@ def residual_layer_norm_backward(
 
 def _rows_of_each(rows: int, drop_path_scale: Tensor | None) -> int:
     return 1 if drop_path_scale is None else max(1, rows // max(1, drop_path_scale.shape[0]))
+
+
+def _dtype_of(norm_weight: Operand | Parameter | None, otherwise: torch.dtype) -> torch.dtype:
+    if isinstance(norm_weight, Parameter):
+        norm_weight = norm_weight.one
+    return otherwise if norm_weight is None else norm_weight.data.dtype
