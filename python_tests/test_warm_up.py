@@ -104,12 +104,12 @@ import random
 import torch, triton
 from triton import knobs
 from snkernels import StitchedViT, backends, use_backend, warmup
-from snkernels.kernels import report
+from snkernels.kernels.report.triton_kernels import NoGpu
 from snkernels.kernels.triton import launch
 from snkernels.models.vit import PlainViT
 
 backends.obstacle = lambda backend, *_: None if backend in ("torch", "triton") else "not asked"
-triton.runtime.driver.set_active(report.NoGpu(90))
+triton.runtime.driver.set_active(NoGpu(90))
 keys = set()
 knobs.runtime.jit_cache_hook = lambda *, key, fn, **_: keys.add((fn.name, str(key))) or True
 

@@ -1,8 +1,8 @@
 """What the tests of the ops (python_tests/ops) do not show of the stitches in Triton.
 
-Off a GPU they run in Triton's interpreter. It takes tiles that a GPU refuses (test_report.py looks
-at those), runs one program after the other, so that no race shows, and computes tf32 as fp32; bf16
-is right only as repaired in conftest.py. What that leaves open takes a GPU.
+Off a GPU they run in Triton's interpreter. It takes tiles that a GPU refuses (the tests of the
+static report look at those), runs one program after the other, so that no race shows, and computes
+tf32 as fp32; bf16 is right only as repaired in conftest.py. What that leaves open takes a GPU.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,5 @@
 """The Triton kernels as compiled for GPUs, in processes of their own: this one interprets them."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -11,25 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from snkernels.kernels import report
-
-GOOD = report.Build(
-    kernel="_project_groups_kernel",
-    arch=90,
-    dtype="bf16",
-    options={"num_warps": 8},
-    registers=120,
-    spilled=0,
-    shared=98304,
-    wgmma=4,
-    mma_sync=0,
-    tcgen05=0,
-    tma=0,
-    serialised=False,
-    narrow_addresses=0,
-    ctas_per_sm=2,
-    multiplies=True,
-)
+from snkernels.kernels.report import __main__ as command
+from snkernels.kernels.report.builds import Build, Launch, faults
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,13 +39,13 @@ KERNELS = {
 # Compiles what is launched, for a chip that is not there.
 BUILD = """
 import triton
-from snkernels.kernels import report
+from snkernels.kernels.report import builds, triton_kernels
 from snkernels.kernels.triton import launch
 
 def build(kernel, grid, args, options):
     return kernel.warmup(*args, grid=grid, **options)
 
-triton.runtime.driver.set_active(report.NoGpu(90))
+triton.runtime.driver.set_active(triton_kernels.NoGpu(90))
 """
 
 
@@ -72,8 +54,9 @@ def test_groups_compile_with_an_identity_and_ranks_of_one() -> None:
     done = run(
         "-c",
         BUILD + "with launch.launches_go_to(build):\n"
-        "    for shape in (report.Shape(64, 64, 1), report.Shape(1, 1, 1)):\n"
-        "        report.launch_groups(shape, report.DTYPES['fp16'], groups=2, identity=True)\n",
+        "    for shape in (builds.Shape(64, 64, 1), builds.Shape(1, 1, 1)):\n"
+        "        numbers = builds.DTYPES['fp16']\n"
+        "        triton_kernels.launch_groups(shape, numbers, groups=2, identity=True)\n",
     )
     assert done.returncode == 0, done.stderr
 
@@ -87,7 +70,7 @@ def test_exact_products_of_a_block_have_sums_of_their_own() -> None:
         "    if 'PRECISION' in options:\n"
         "        assert ir.count('tt.dot ') <= ir.count('arith.addf '), ir\n"
         "with launch.launches_go_to(look):\n"
-        "    report.launch_groups(report.Shape(64, 64, 64), report.DTYPES['fp32'])\n",
+        "    triton_kernels.launch_groups(builds.Shape(64, 64, 64), builds.DTYPES['fp32'])\n",
     )
     assert done.returncode == 0, done.stderr
 
@@ -104,12 +87,12 @@ def test_no_kernel_has_a_fault(tmp_path: Path, arch: int, dtype: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"sm_{arch}" in done.stdout
     saved = json.loads(file.read_text())
-    launches = [report.Launch(**launched) for build in saved for launched in build["launches"]]
+    launches = [Launch(**launched) for build in saved for launched in build["launches"]]
     assert min(launched.floor_us for launched in launches) > 0
-    builds = [report.Build(**build) for build in saved]
+    builds = [Build(**build) for build in saved]
     assert {build.kernel for build in builds} == KERNELS
     for build in builds:
-        assert not report.faults(build)
+        assert not faults(build)
         assert build.ctas_per_sm >= 1
     tiled = [b for b in builds if b.kernel.startswith(("_project", "_outer"))]
     assert min(b.ctas_per_sm for b in tiled) >= (2 if (arch, dtype) == (90, "bf16") else 1)
@@ -121,12 +104,12 @@ def test_a_floor_is_of_each_tensor_once_and_of_the_products() -> None:
         "-c",
         """
 import dataclasses, json, torch
-from snkernels.kernels import report
+from snkernels.kernels.report import builds, triton_kernels
 from snkernels.kernels.triton import launch
 from snkernels.kernels.triton.multi_stitch import multi_stitch_forward
 
 def note(kernel, grid, args, options):
-    print(json.dumps(dataclasses.asdict(report._launch(kernel, args, "", 90, "bf16"))))
+    print(json.dumps(dataclasses.asdict(triton_kernels._launch(kernel, args, "", 90, "bf16"))))
 
 x, w = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((1000, 384), (1024, 384)))
 with launch.launches_go_to(note):
@@ -134,7 +117,7 @@ with launch.launches_go_to(note):
 """,
     )
     assert done.returncode == 0, done.stderr
-    launched = report.Launch(**json.loads(done.stdout))
+    launched = Launch(**json.loads(done.stdout))
     assert launched.sizes == {"M": 1000, "groups": 2, "N": 1024, "K": 384}
     # Of each group an address and a scaling beside its W, and three offsets.
     assert launched.bytes == 2 * (1000 * 384 + 2 * 1024 * 384 + 1000 * 1024) + 8 * (2 + 2 + 3)
@@ -150,21 +133,21 @@ def test_batch_sizes_compile_nothing_new() -> None:
         """
 import torch, triton
 from triton import knobs
-from snkernels.kernels import report
+from snkernels.kernels.report import builds, triton_kernels
 from snkernels.kernels.triton import launch
 
 keys = set()
 knobs.runtime.jit_cache_hook = lambda *, key, fn, **_: keys.add((fn.name, str(key))) or True
-triton.runtime.driver.set_active(report.NoGpu(90))
+triton.runtime.driver.set_active(triton_kernels.NoGpu(90))
 warm_up = lambda kernel, grid, args, options: kernel.warmup(*args, grid=grid, **options)
 
 def launch_all(shape, numbers, rows):
-    report.launch_groups(shape, numbers, rows, groups=1 + rows % 7)
-    report.launch_norms(shape.out_features, numbers, rows)
+    triton_kernels.launch_groups(shape, numbers, rows, groups=1 + rows % 7)
+    triton_kernels.launch_norms(shape.out_features, numbers, rows)
 
 with launch.launches_go_to(warm_up):
-    for numbers in (report.DTYPES["bf16"], report.DTYPES["fp32"], report.DTYPES["bf16/fp32"]):
-        for shape in report.FEW:
+    for numbers in (builds.DTYPES["bf16"], builds.DTYPES["fp32"], builds.DTYPES["bf16/fp32"]):
+        for shape in builds.FEW:
             launch_all(shape, numbers, 197)
             seen = len(keys)
             for rows in (1, 2, 15, 16, 17, 50, 64, 127, 128, 256, 1000, 4097, 12608, 3_000_000):
@@ -177,61 +160,7 @@ print(len(keys))
     assert int(done.stdout) > 20
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"spilled": 8}, "spills 8 bytes, but may spill 0"),
-        ({"shared": 232449}, "takes 232449 bytes of shared memory of 232448"),
-        ({"wgmma": 0, "mma_sync": 64}, "multiplies without wgmma"),
-        ({"arch": 80}, "multiplies without mma_sync"),
-        ({"serialised": True}, "its wgmma are serialised"),
-        ({"narrow_addresses": 3}, "computes 3 addresses in 32 bits"),
-    ],
-)
-def test_faults(change: dict, message: str) -> None:
-    assert report.faults(GOOD) == []
-    assert report.faults(dataclasses.replace(GOOD, **change)) == [message]
-
-
-def test_no_tensor_cores_where_none_are_due() -> None:
-    assert not report.faults(dataclasses.replace(GOOD, dtype="fp32", wgmma=0))
-    assert not report.faults(dataclasses.replace(GOOD, multiplies=False, wgmma=0))
-
-
-@pytest.mark.parametrize(
-    ("warps", "registers", "shared", "expected"),
-    [
-        (8, 128, 0, 2),  # 64 Ki registers are two CTAs of 256 threads with 128 each
-        (8, 129, 0, 1),  # registers come to a warp in units of 256, 8 for each thread
-        (4, 32, 0, 16),  # 64 warps
-        (1, 32, 0, 32),  # 32 CTAs
-        (4, 32, 98304, 2),
-        (4, 32, 115713, 1),  # 113 KiB and a byte, and 1 KiB of the system's
-    ],
-)
-def test_ctas_per_sm(warps: int, registers: int, shared: int, expected: int) -> None:
-    assert report.CHIPS[90].ctas_per_sm(warps, registers, shared) == expected
-
-
 def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.knobs.runtime, "interpret", True)
+    monkeypatch.setattr(command.knobs.runtime, "interpret", True)
     with pytest.raises(SystemExit):
-        report.main(["--few"])
-
-
-@pytest.mark.parametrize(
-    ("mangled", "expected"),
-    [
-        (
-            "_ZN3snk4cuda4sm9029stitch_layer_norm_sm90_kernelI13__nv_bfloat16Li128ELi32EEEvNS1_9ArgumentsIXT1_EEE",
-            ("stitch_layer_norm_sm90_kernel", [128, 32]),
-        ),
-        (
-            "_ZN3snk4cuda40_GLOBAL__N__fab87f73_8_merge_cu_47519ad212merge_kernelI6__halffEEvNS1_9ArgumentsE",
-            ("merge_kernel", []),
-        ),
-        ("_Z3fooPf", ("_Z3fooPf", [])),
-    ],
-)
-def test_names_of_cuda_kernels(mangled: str, expected: tuple[str, list[int]]) -> None:
-    assert report._demangled(mangled) == expected
+        command.main(["--few"])

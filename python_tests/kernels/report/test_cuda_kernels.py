@@ -4,17 +4,20 @@ import re
 
 import pytest
 
-from snkernels.kernels import disassembly, native
+from snkernels.kernels import native
+from snkernels.kernels.report import cuda_kernels, disassembly
+from snkernels.kernels.report.builds import GROUPS, ROWS, Shape, faults
 
 HOPPER_KERNEL = "stitch_layer_norm_sm90_kernel"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _there_is_something_to_read() -> None:
     if obstacle := disassembly.obstacle():
         pytest.skip(obstacle)
 
 
+@pytest.mark.usefixtures("_there_is_something_to_read")
 def test_resources() -> None:
     """No kernel spills; the Hopper kernel's registers are those that it redistributes."""
     kernels = disassembly.resources()
@@ -24,12 +27,13 @@ def test_resources() -> None:
     for name, used in kernels.items():
         assert name.startswith("sm_90a "), name
         assert used.stack == 0, name
-        # What the Hopper kernel asks for at launch is not in the module: see test_report.
+        # What the Hopper kernel asks for at launch is not in the module: see test_launches.
         assert used.shared <= (1024 if name in hopper else 19 * 1024), name
         if name in hopper:
             assert (used.registers, used.threads) == (128, 512), name
 
 
+@pytest.mark.usefixtures("_there_is_something_to_read")
 def test_hopper_instructions() -> None:
     """Warpgroup products, multicast copies, registers that change hands; no local memory."""
     # Disassembling all takes a minute; these have every width, dtype and number of groups.
@@ -52,9 +56,9 @@ def test_hopper_instructions() -> None:
         assert code.count("WARPGROUP.DEPBAR") == 2, name
 
 
-def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_there_is_something_to_read")
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked for at launch counts; each kernel has the floors of the shapes that run it."""
-    report = pytest.importorskip("snkernels.kernels.report")
     chosen = [
         name.split()[1]
         for name in disassembly.resources()
@@ -64,27 +68,26 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     instructions = disassembly.instructions
     monkeypatch.setattr(disassembly, "instructions", lambda: instructions(chosen))
     shapes = [
-        report.Shape(384, 1024, 64),
-        report.Shape(384, 1024, 0),
-        report.Shape(192, 1024, 0),  # with less of W there is room for more of x
-        report.Shape(1024, 384, 64),  # too large a W
+        Shape(384, 1024, 64),
+        Shape(384, 1024, 0),
+        Shape(192, 1024, 0),  # with less of W there is room for more of x
+        Shape(1024, 384, 64),  # too large a W
     ]
-    builds = report.cuda_builds([90], shapes)
+    builds = cuda_kernels.cuda_builds([90], shapes)
     found = {(b.kernel, b.dtype, *b.options["template"]): b for b in builds}
     assert len(found) == len(builds) == 6
 
-    rows = report.ROWS
-    for slots, groups in ((1, 1), (32, report.GROUPS)):
+    for slots, groups in ((1, 1), (32, GROUPS)):
         build = found[HOPPER_KERNEL, "bf16", 128, slots]
         sizes = [native._C.cuda_sm90_kernel_for(k, 1024, slots > 1)[3] for k in (192, 384)]
         assert build.shared == max(sizes) > min(sizes)
         assert build.ctas_per_sm == 1
-        assert not report.faults(build)
+        assert not faults(build)
         launched, other = build.launches
         assert (launched.shape, other.shape) == ("384→1024", "192→1024")
         parameters = groups * (1024 * 384 + 3 * 1024)
-        assert launched.bytes == 2 * (rows * (384 + 2 * 1024) + parameters) + 8 * rows
-        assert launched.flops == 2 * rows * 1024 * 384
+        assert launched.bytes == 2 * (ROWS * (384 + 2 * 1024) + parameters) + 8 * ROWS
+        assert launched.flops == 2 * ROWS * 1024 * 384
         assert launched.floor_us == round(launched.bytes / 3.35e12 * 1e6, 2)
         unused = found[HOPPER_KERNEL, "bf16", 64, slots]
         assert (unused.shared, unused.launches) == (0, [])
@@ -96,12 +99,30 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
         merge = found["merge_kernel", dtype]
         assert merge.shared == 18432
         assert merge.mma_sync > 0
-        assert not report.faults(merge)
+        assert not faults(merge)
         assert [launched.shape for launched in merge.launches] == shapes_merged * 2
         for launched, groups in (
             (merge.launches[0], 1),
-            (merge.launches[len(shapes_merged)], report.GROUPS),
+            (merge.launches[len(shapes_merged)], GROUPS),
         ):
             read = itemsize * (1024 * 384 + 64 * (384 + 1024))
             assert launched.bytes == groups * (read + 2 * 1024 * 384)
             assert launched.flops == groups * 2 * 1024 * 384 * 64
+
+
+@pytest.mark.parametrize(
+    ("mangled", "expected"),
+    [
+        (
+            "_ZN3snk4cuda4sm9029stitch_layer_norm_sm90_kernelI13__nv_bfloat16Li128ELi32EEEvNS1_9ArgumentsIXT1_EEE",
+            ("stitch_layer_norm_sm90_kernel", [128, 32]),
+        ),
+        (
+            "_ZN3snk4cuda40_GLOBAL__N__fab87f73_8_merge_cu_47519ad212merge_kernelI6__halffEEvNS1_9ArgumentsE",
+            ("merge_kernel", []),
+        ),
+        ("_Z3fooPf", ("_Z3fooPf", [])),
+    ],
+)
+def test_names_of_cuda_kernels(mangled: str, expected: tuple[str, list[int]]) -> None:
+    assert cuda_kernels._demangled(mangled) == expected
