@@ -5,8 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.compiler import is_compiling
+from torch import Tensor, compiler
 
 
 def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -39,6 +38,7 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     direct = base.apply
 
     def apply(*arguments: Any) -> Any:
-        return (function.apply if is_compiling() else direct)(*arguments)
+        compiling = compiler.is_dynamo_compiling() or compiler._is_compiling_flag
+        return (function.apply if compiling else direct)(*arguments)
 
     return apply

@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 from torch._C import (
     _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
     _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
 )
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from snkernels import backends
 
@@ -85,7 +85,9 @@ def is_transformed(args: Sequence[Any]) -> bool:
 def _is_transforming() -> bool:
     """Whether torch does something else for every call at present."""
     return (
-        is_compiling()
+        # What compiler.is_compiling() says, which takes twice as long.
+        compiler.is_dynamo_compiling()
+        or compiler._is_compiling_flag
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()
@@ -102,7 +104,7 @@ def unwatched(op: str, x: Any) -> bool:
         type(x) in _TENSORS
         and not (_is_transforming() or _profiler_enabled() or forward_ad._current_level >= 0)
         and x.is_cpu
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_any_autocast_enabled()
         and backends.choose(op, OFFERED[op], "cpu", torch.float32).backend == "cpu"
     )
 

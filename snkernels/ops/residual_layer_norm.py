@@ -217,10 +217,9 @@ def residual_layer_norm(
     vectors = (layer_scale, norm_weight, norm_bias)
     if drop_path_scale is None and unwatched("residual_layer_norm", h):
         # Computed before autograd comes in, which then only keeps it; tokens have users' own shape.
-        done = native.residual_layer_norm(
-            h, branch, *vectors, eps, statistics=torch.is_grad_enabled()
-        )
-        if done is not None and needs_grad(h, branch, *vectors):
+        training = needs_grad(h, branch, *vectors)
+        done = native.residual_layer_norm(h, branch, *vectors, eps, statistics=training)
+        if done is not None and training:
             norm = norm_weight, norm_bias, eps
             return _apply(h, branch, layer_scale, None, *norm, None, done)
         if done is not None:
