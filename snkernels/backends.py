@@ -18,6 +18,9 @@ from snkernels.kernels import native
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
+# Whose kernel runs an op that has none of the forced backend; the kernels of "cuda" need it too.
+_OR_ELSE = {"cuda": "triton"}
+
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (op, device type) -> (backend, the record that shows it); the backward goes with its op.
@@ -61,7 +64,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
     """Forces a backend inside the ``with`` block for all ops that have it; None forces none.
 
     It holds for the whole process, as backward passes run on threads of their own. An op without
-    such a kernel runs as it would otherwise; one whose kernel cannot run here raises when called.
+    such a kernel runs as it would otherwise, but where "cuda" is forced by Triton if it can; one
+    whose kernel cannot run here raises when called.
 
     Raises:
         ValueError: an unknown backend.
@@ -113,6 +117,9 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
         if reason := obstacle(_forced, device, dtype):
             raise RuntimeError(f"backend {_forced!r} is forced, but cannot run {op}: {reason}")
         return Choice(_forced, "forced")
+    other = _OR_ELSE.get(_forced or "")
+    if other in offered and obstacle(other, device, dtype) is None:
+        return Choice(other, f"{_forced} is forced, and the op has no such kernel")
     family = op.removesuffix("_backward")
     if (family, device) not in PROVEN:
         return Choice("torch", f"no record shows a faster kernel on {device} yet")

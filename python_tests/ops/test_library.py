@@ -134,6 +134,19 @@ def test_a_forced_backend_that_cannot_serve_says_why() -> None:
 
 
 @about_the_cpu
+def test_where_cuda_is_forced_triton_does_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(op: str, dtype: torch.dtype = torch.float32) -> str:
+        with backends.use_backend("cuda"):
+            return backends.choose(op, OFFERED[op], "cpu", dtype).backend
+
+    assert chosen("residual_layer_norm") == chosen("residual_layer_norm_backward") == "triton"
+    assert chosen("residual_layer_norm", torch.float64) == "torch"
+    assert chosen("stitch") == "cpu"  # neither has it, so its own choice
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert chosen("residual_layer_norm") == "cpu"
+
+
+@about_the_cpu
 def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "IMPORT_ERROR", "no such file")
     monkeypatch.setattr(backends, "PROVEN", {("stitch", "cpu"): ("cpu", "a record")})
