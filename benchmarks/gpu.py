@@ -368,8 +368,10 @@ def _run(run: Run, record: Path, model: Path, built: bool) -> None:
     todo = struck(run)
     for i, (op, backends) in enumerate(todo.items()):
         run.alone(recording(op, record, backends, run.left / (len(todo) + 1 - i)))
-    failed = sorted({backend for backends in todo.values() for backend in backends})
-    run.alone(modelling(model, failed, max(5.0, run.left - 5)))
+    failed = {backend for backends in todo.values() for backend in backends}
+    if "triton" in failed:
+        failed.add("cuda")  # whose other kernels are Triton's
+    run.alone(modelling(model, sorted(failed), max(5.0, run.left - 5)))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ LEGEND = (
     "chosen; – was not timed (torch.compile compiles for long, so only where a claim rests on it). "
     "*call* is one row, so small that its time is the cost of a call: the mean of 100 in a row. As "
     "in a model, each call has other arguments than those before it, more than caches hold, and on "
-    "a CPU as much memory as fills them twice is read between calls, untimed; not so *call* and "
-    "what is *cached*."
+    "a CPU comes after one of its own kind and as much other memory as fills them twice, both "
+    "untimed; not so *call* and what is *cached*."
 )
 
 

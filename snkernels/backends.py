@@ -18,9 +18,6 @@ from snkernels.kernels import native
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
-# Whose kernel runs an op that has none of the forced backend; the kernels of "cuda" need it too.
-_OR_ELSE = {"cuda": "triton"}
-
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (op, device type) -> (backend, the record that shows it); the backward goes with its op.
@@ -63,9 +60,10 @@ def forced_backend() -> str | None:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Forces a backend inside the ``with`` block for all ops that have it; None forces none.
 
-    It holds for the whole process, as backward passes run on threads of their own. An op without
-    such a kernel runs as it would otherwise, but where "cuda" is forced by Triton if it can; one
-    whose kernel cannot run here raises when called.
+    It holds for the whole process, as backward passes run on threads of their own. An op whose
+    kernel cannot run here raises when called. One without such a kernel runs as it would otherwise,
+    but under "cuda" by its Triton kernel if that can run: it is what kernels of "cuda" themselves
+    leave the rest to.
 
     Raises:
         ValueError: an unknown backend.
@@ -117,9 +115,8 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
         if reason := obstacle(_forced, device, dtype):
             raise RuntimeError(f"backend {_forced!r} is forced, but cannot run {op}: {reason}")
         return Choice(_forced, "forced")
-    other = _OR_ELSE.get(_forced or "")
-    if other in offered and obstacle(other, device, dtype) is None:
-        return Choice(other, f"{_forced} is forced, and the op has no such kernel")
+    if _forced == "cuda" and "triton" in offered and not obstacle("triton", device, dtype):
+        return Choice("triton", "cuda is forced, of which the op has no kernel")
     family = op.removesuffix("_backward")
     if (family, device) not in PROVEN:
         return Choice("torch", f"no record shows a faster kernel on {device} yet")

@@ -97,7 +97,7 @@ def test_calls_take_turns_with_more_arguments_than_caches_hold(
     assert len(bench.arguments) == 4
     taken: list[int] = []
     read: list[int] = []
-    monkeypatch.setattr(bench, "evict", lambda: read.append(len(taken)))
+    monkeypatch.setattr(bench, "_evict", lambda: read.append(len(taken)))
     entries = [
         dataclasses.replace(
             entry, bind=lambda t: lambda: (taken.append(t["x"].data_ptr()), (t["x"],))[1]
@@ -108,12 +108,12 @@ def test_calls_take_turns_with_more_arguments_than_caches_hold(
         for entry in entries:
             bench.candidate(entry).sample()
     x = [arguments["x"].data_ptr() for arguments in bench.arguments]
-    assert taken == x + x[:2]
-    assert read == list(range(len(taken)))  # the caches are emptied before every sample
-    assert Bench(case).evict().item() >= 2 * size // 4
+    assert taken == x * 3  # before every sample the entry runs once
+    assert read == [1, 3, 5, 7, 9, 11]  # and behind that the caches are emptied
+    assert Bench(case)._evict().item() >= 2 * size // 4
     cached = dataclasses.replace(case, shape=dataclasses.replace(case.shape, cached=True))
     assert len(Bench(cached).arguments) == 1
-    assert Bench(cached).evict is None
+    assert Bench(cached).before(lambda: None) is None
 
 
 def test_the_largest_cache_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

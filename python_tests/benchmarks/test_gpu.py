@@ -147,6 +147,15 @@ def test_a_kernel_whose_tests_fail_is_not_timed_and_the_rest_goes_on(
     assert all(line.startswith(name) for line, name in zip(table, found, strict=True))
 
 
+def test_the_model_runs_no_backend_that_runs_what_failed(
+    stages: dict[str, str], tmp_path: Path
+) -> None:
+    stages["tests of residual_layer_norm, triton"] = BAD
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    (model,) = (s for s in (tmp_path / "log.txt").read_text().splitlines() if "model_gpu" in s)
+    assert "'--struck', 'cuda', 'triton'" in model
+
+
 def test_what_is_built_is_not_built_again(stages: dict[str, str], tmp_path: Path) -> None:
     stages["build"] = BAD
     assert gpu.main(["--out", str(tmp_path), "--built"]) == 0

@@ -54,6 +54,8 @@ def test_a_half_branch_joins_an_fp32_stream(backend: str) -> None:
             "drop_path_scale must not require grad",
         ),
         ({"branch": torch.randn(3, 4, 8, device="meta")}, "branch must be on cpu.*meta"),
+        ({"branch": [1.0]}, "branch must be a tensor.*list"),
+        ({"layer_scale": 1.0}, "layer_scale must be a tensor.*float"),
         ({"norm_weight": torch.randn(8, 1)}, r"norm_weight must have shape \(8\).*\(8, 1\)"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -28,16 +28,22 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[...,
     return decorate
 
 
-def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` without a look for tensors of torch.func transforms that have ended.
 
-    That look takes a third of its time, and the ops are not for such tensors. Code that is compiled
-    knows the function by ``apply`` alone.
+    That look takes a third of its time, and the ops are not for such tensors.
     """
     base: Any = super(torch.autograd.Function, function)
-    direct = base.apply
+    apply: Callable[..., Any] = base.apply
+    return apply
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The same where nobody knows whether code is being compiled, which goes by ``apply`` alone."""
+    direct = directly(function)
 
     def apply(*arguments: Any) -> Any:
+        # torch.compiler.is_compiling() takes twice as long.
         compiling = compiler.is_dynamo_compiling() or compiler._is_compiling_flag
         return (function.apply if compiling else direct)(*arguments)
 

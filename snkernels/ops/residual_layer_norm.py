@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import applied, differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once, directly
 from snkernels.ops.checks import as_rows, check_input, check_number, check_tensor, from_rows
 from snkernels.ops.library import (
     autocast_dtype,
@@ -178,7 +178,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         return grad_h, grad_branch, grad_scale, None, *grads_of_norm, None, None, None
 
 
-_apply = applied(_ResidualLayerNorm)
+_apply, _apply_directly = applied(_ResidualLayerNorm), directly(_ResidualLayerNorm)
 
 
 def residual_layer_norm(
@@ -217,11 +217,12 @@ def residual_layer_norm(
     vectors = (layer_scale, norm_weight, norm_bias)
     if drop_path_scale is None and unwatched("residual_layer_norm", h):
         # Computed before autograd comes in, which then only keeps it; tokens have users' own shape.
-        training = needs_grad(h, branch, *vectors)
-        done = native.residual_layer_norm(h, branch, *vectors, eps, statistics=training)
-        if done is not None and training:
+        done = native.residual_layer_norm(
+            h, branch, *vectors, eps, statistics=torch.is_grad_enabled()
+        )
+        if done is not None and needs_grad(h, branch, *vectors):
             norm = norm_weight, norm_bias, eps
-            return _apply(h, branch, layer_scale, None, *norm, None, done)
+            return _apply_directly(h, branch, layer_scale, None, *norm, None, done)
         if done is not None:
             return done[0], done[1]
     _check(h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps)

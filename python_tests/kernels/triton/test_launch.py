@@ -53,6 +53,13 @@ def test_override_replaces_values_until_it_ends() -> None:
     assert options_of_a_forward(torch.float16) == before
 
 
+def test_no_more_registers_than_there_are() -> None:
+    """65536 for the threads of a CTA, of which wide rows have the most."""
+    for features in (64, 1280, 8192, 1 << 16):
+        config = configs.normalize_rows_backward(torch.float16, torch.float32, features)
+        assert config["maxnreg"] * config["num_warps"] * 32 <= 65536, features
+
+
 def test_launches_run_again_after_they_went_elsewhere() -> None:
     x, weight = torch.ones(3, 4), torch.ones(5, 4)
     with pytest.raises(ZeroDivisionError), launch.launches_go_to(lambda *_: 1 // 0):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from triton import knobs
 
+from snkernels.kernels import native
 from snkernels.kernels.report import disassembly
 from snkernels.kernels.report.builds import ALL, DTYPES, FEW, Build, faults
 from snkernels.kernels.report.chips import CHIPS
@@ -108,11 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no CUDA kernels: {note}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    bad = [(row, fault) for row in rows for fault in faults(row)]
-    for row, fault in bad:
-        print(
-            f"{row.kernel} for sm_{row.arch}, {row.dtype}, {row.options}: {fault}", file=sys.stderr
-        )
+    bad = [
+        f"{row.kernel} for sm_{row.arch}, {row.dtype}, {row.options}: {fault}"
+        for row in rows
+        for fault in faults(row)
+    ]
+    if native.IMPORT_ERROR is not None and not arguments.no_cuda:
+        bad.append(f"the CUDA kernels, if there are any, were not seen: {native.IMPORT_ERROR}")
+    for fault in bad:
+        print(fault, file=sys.stderr)
     return 1 if bad and arguments.check else 0
 
 

@@ -104,7 +104,7 @@ def sum_partials() -> Config:
 
 @_overridable
 def normalize_rows(dtype: torch.dtype, norm: torch.dtype, features: int) -> Config:
-    """For ``residual_layer_norm._normalize_kernel``; ``norm`` is the dtype of its parameters."""
+    """For ``residual_layer_norm._normalize_kernel``; ``norm`` is the dtype of LN's weight."""
     # 32 values of each tensor to a thread: four loads of 16 bytes in half precision.
     config = _rows(features, 1, 2, 32)
     return config if norm == dtype else _with_all_registers(config)
