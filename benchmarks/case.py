@@ -199,14 +199,21 @@ class Bench:
                     choose(op, offered, case.device.type, case.dtype)
             yield
 
-    def before(self, call: Callable[[], Outputs]) -> Callable[[], object] | None:
+    def before(self, call: Callable[[], Outputs]) -> Callable[[], None] | None:
         """What a timed call comes after, untimed; None where nothing does, or caches may answer.
 
         Itself, as in the block before in a model, and then other memory. Else what the CPU has
         learnt of code would be what other entries left, of which half run eager's.
         """
         evict = self._evict
-        return None if evict is None else lambda: (call(), evict())
+        if evict is None:
+            return None
+
+        def run() -> None:
+            call()
+            evict()
+
+        return run
 
     def _leaves(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
         """Copies to compute with; offsets and other integers stay as they are."""
@@ -295,6 +302,8 @@ class Trial:
         benchmark.extra_info["note"] = bench.check(self.entry)
         with bench.scope(self.entry):
             calls = bench.calls(self.entry)
+            call = bench.in_turn(calls)
+            before = bench.before(call)
             if self.case.device.type == "cuda":
                 replay = graph_of(calls)
 
@@ -304,10 +313,10 @@ class Trial:
 
                 benchmark.extra_info["calls"] = len(calls)
                 benchmark(replay_and_wait)
-            elif (before := bench.before(call := bench.in_turn(calls))) is None:
+            elif before is None:
                 benchmark(call)
             else:
-                benchmark.pedantic(call, setup=lambda: (before(), None)[1], rounds=_ROUNDS)
+                benchmark.pedantic(call, setup=before, rounds=_ROUNDS)
 
 
 _bench = functools.lru_cache(maxsize=1)(Bench)

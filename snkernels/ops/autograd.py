@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, compiler
+from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def differentiable_once(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -43,8 +44,6 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     direct = directly(function)
 
     def apply(*arguments: Any) -> Any:
-        # torch.compiler.is_compiling() takes twice as long.
-        compiling = compiler.is_dynamo_compiling() or compiler._is_compiling_flag
-        return (function.apply if compiling else direct)(*arguments)
+        return (function.apply if is_compiling() else direct)(*arguments)
 
     return apply

@@ -1,15 +1,18 @@
 """The Triton kernels as compiled for GPUs, in processes of their own: this one interprets them."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 
+from snkernels.kernels import native
 from snkernels.kernels.report import __main__ as command
 from snkernels.kernels.report.builds import Build, Launch, faults
 
@@ -158,6 +161,20 @@ print(len(keys))
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 20
+
+
+def test_a_check_that_sees_no_compiled_module_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where the sources shadow the package that was installed; nothing is compiled here."""
+    nothing = SimpleNamespace(apply_async=lambda *_: SimpleNamespace(get=list))
+    pool = SimpleNamespace(Pool=lambda *_, **__: contextlib.nullcontext(nothing))
+    monkeypatch.setattr(command, "get_context", lambda _: pool)
+    monkeypatch.setattr(command.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(native, "IMPORT_ERROR", "no such file")
+    assert command.main(["--check"]) == 1
+    assert "were not seen: no such file" in capsys.readouterr().err
+    assert command.main([]) == command.main(["--check", "--no-cuda"]) == 0
 
 
 def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ configurations; the CUDA kernels it reads from the compiled module, where that h
 tells registers, spilled bytes, shared memory, tensor-core and TMA instructions, wgmma that the
 assembler serialised, addresses that would overflow, how many CTAs fit on an SM, and the least time
 that its bytes and FLOPs take at the ceilings of :data:`CHIPS`. With ``--check`` it ends with status
-1 where a kernel has one of the :func:`faults`.
+1 where a kernel has one of the :func:`faults`, or the CUDA kernels could not be looked at because
+the compiled module did not import.
 """
 
 import argparse
