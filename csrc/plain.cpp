@@ -2,14 +2,16 @@
 // Calls come between GEMMs, which leave nothing of the interpreter in the caches: each line of Python
 // then waits for memory, and checks that take 5 µs in a loop take 50.
 //
-// What is not plainly right is neither refused nor computed: the answer says so, and the caller, who
-// has all the checks and knows all the cases, looks closer.
+// What is not plainly right, or when torch does more with calls than to compute them, is neither
+// refused nor computed: the answer says so, and the caller, who has all the checks and knows all the
+// cases, looks closer.
 #include "plain.h"
 
 #include <cmath>
 
 #include "run_cpu.h"
 #include "tensor.h"
+#include "watchers.h"
 
 namespace py = pybind11;
 
@@ -91,31 +93,12 @@ py::object new_tokens(handle like, const dlpack::Tensor& t, int64_t width, View&
   return new_empty(like, shape, rows);
 }
 
-py::object linear(handle x, handle weight, handle bias, int64_t least_work, int64_t least_rows,
-                  int threads) {
-  dlpack::Tensor t;
-  cpu::StitchForward p{};
-  cpu::StitchGroup group{};
-  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !look_at_matrix(weight, group.weight) ||
-      group.weight.cols != p.x.cols || !look_at_vector(bias, group.weight.rows, group.bias))
-    return py::none();
-  if (p.x.rows < least_rows || p.x.rows * p.x.cols * group.weight.rows < least_work)
-    return py::none();
-  py::object y = new_tokens(x, t, group.weight.rows, p.y);
-  group.last = p.x.rows;
-  group.scaling = 1;
-  p.groups = &group;
-  p.count = 1;
-  p.threads = threads;
-  run_cpu(cpu::kernels().stitch_forward, p);
-  return y;
-}
-
-// Runs a forward that also normalises: what it makes and, if wanted, the statistics of `rows` rows.
+// Runs a forward that also normalises: what it makes and, where autograd will need them, the
+// statistics of `rows` rows.
 template <typename Forward>
 py::object with_norm(Status (*forward)(const Forward&), Forward& p, handle like, int64_t rows,
-                     bool statistics, const py::object& made, const py::object& normed) {
-  if (!statistics) {
+                     bool training, const py::object& made, const py::object& normed) {
+  if (!training) {
     run_cpu(forward, p);
     return py::make_tuple(made, normed);
   }
@@ -148,13 +131,15 @@ bool read_residual(handle h, handle branch, handle layer_scale, handle norm_weig
 }
 
 py::object residual_layer_norm(handle h, handle branch, handle layer_scale, handle norm_weight,
-                               handle norm_bias, handle eps, bool statistics, int threads) {
+                               handle norm_bias, handle eps) {
   dlpack::Tensor t;
   cpu::ResidualLayerNormForward p{};
-  if (!read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p)) return py::none();
-  p.threads = threads;
+  if (!unwatched() || !read_residual(h, branch, layer_scale, norm_weight, norm_bias, eps, t, p))
+    return py::none();
+  p.threads = num_threads();
   py::object sum = new_tokens(h, t, p.h.cols, p.sum), normed = new_tokens(h, t, p.h.cols, p.normed);
-  return with_norm(cpu::kernels().residual_layer_norm_forward, p, h, p.h.rows, statistics, sum, normed);
+  const bool training = needs_grad({h, branch, layer_scale, norm_weight, norm_bias});
+  return with_norm(cpu::kernels().residual_layer_norm_forward, p, h, p.h.rows, training, sum, normed);
 }
 
 // Reads the parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) for
@@ -178,7 +163,7 @@ bool read_stitch(handle parameters, int64_t K, cpu::StitchGroup& group) {
 
 int64_t width_of_stitches(handle x, handle groups) {
   dlpack::Tensor t;
-  if (!is_plain(x, t) || !PyList_Check(groups.ptr())) return 0;
+  if (!unwatched() || !is_plain(x, t) || !PyList_Check(groups.ptr())) return 0;
   const int64_t K = t.shape[t.dims - 1];
   int64_t width = 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(groups.ptr()); ++i) {
@@ -190,24 +175,58 @@ int64_t width_of_stitches(handle x, handle groups) {
   return width;
 }
 
-py::object stitch(handle x, handle parameters, handle eps, bool statistics, int threads) {
-  dlpack::Tensor t;
-  cpu::StitchForward p{};
+// A kernel of stitches, told of one that all rows of tokens x go through.
+template <typename Params>
+struct OneStitch {
+  dlpack::Tensor tokens;
+  Params p{};
   cpu::StitchGroup group{};
-  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group) ||
-      !(eps.is_none() || read_eps(eps, p.eps)))
-    return py::none();
-  group.last = p.x.rows;
-  p.groups = &group;
-  p.count = 1;
-  p.threads = threads;
-  py::object y = new_tokens(x, t, group.weight.rows, p.y);
-  if (eps.is_none()) {
-    run_cpu(cpu::kernels().stitch_forward, p);
-    return y;
+
+  bool read(handle x) {
+    if (!unwatched() || !is_plain(x, tokens) || !rows_of_tokens(tokens, p.x)) return false;
+    group.last = p.x.rows;
+    p.groups = &group;
+    p.count = 1;
+    p.threads = num_threads();
+    return true;
   }
-  py::object normed = new_tokens(x, t, group.weight.rows, p.normed);
-  return with_norm(cpu::kernels().stitch_forward, p, x, p.x.rows, statistics, y, normed);
+  bool read(handle x, handle parameters) {
+    return read(x) && read_stitch(parameters, p.x.cols, group);
+  }
+  py::object room(handle x, View& rows) const {
+    return new_tokens(x, tokens, group.weight.rows, rows);
+  }
+};
+
+py::object linear(handle x, handle weight, handle bias, int64_t least_work, int64_t least_rows) {
+  OneStitch<cpu::StitchForward> one;
+  View &own = one.group.weight, &tokens = one.p.x;
+  if (!one.read(x) || !look_at_matrix(weight, own) || own.cols != tokens.cols ||
+      !look_at_vector(bias, own.rows, one.group.bias))
+    return py::none();
+  if (tokens.rows < least_rows || tokens.rows * tokens.cols * own.rows < least_work)
+    return py::none();
+  one.group.scaling = 1;
+  py::object y = one.room(x, one.p.y);
+  run_cpu(cpu::kernels().stitch_forward, one.p);
+  return y;
+}
+
+py::object stitch(handle x, handle parameters) {
+  OneStitch<cpu::StitchForward> one;
+  if (!one.read(x, parameters)) return py::none();
+  py::object y = one.room(x, one.p.y);
+  run_cpu(cpu::kernels().stitch_forward, one.p);
+  return y;
+}
+
+py::object stitch_layer_norm(handle x, handle parameters, handle eps) {
+  OneStitch<cpu::StitchForward> one;
+  if (!one.read(x, parameters) || !read_eps(eps, one.p.eps)) return py::none();
+  const auto at = [&](Py_ssize_t i) { return handle(PyTuple_GET_ITEM(parameters.ptr(), i)); };
+  const bool training = needs_grad({x, at(0), at(1), at(2), at(3), at(4), at(5)});
+  py::object y = one.room(x, one.p.y), normed = one.room(x, one.p.normed);
+  return with_norm(cpu::kernels().stitch_forward, one.p, x, one.p.x.rows, training, y, normed);
 }
 
 // Reads tokens of so many rows and features, or nothing of None.
@@ -219,12 +238,11 @@ bool look_at_tokens(handle tensor, int64_t rows, int64_t features, View& tokens)
 }
 
 py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle parameters, handle y,
-                            handle mean, handle rstd, handle needs, int threads) {
-  dlpack::Tensor t;
-  cpu::StitchBackward p{};
-  cpu::StitchGroup group{};
-  if (!is_plain(x, t) || !rows_of_tokens(t, p.x) || !read_stitch(parameters, p.x.cols, group) ||
-      !PyList_Check(needs.ptr()) || PyList_GET_SIZE(needs.ptr()) != 7)
+                            handle mean, handle rstd, handle needs) {
+  OneStitch<cpu::StitchBackward> one;
+  auto& [tokens, p, group] = one;
+  if (!one.read(x, parameters) || !PyList_Check(needs.ptr()) ||
+      PyList_GET_SIZE(needs.ptr()) != 7)
     return py::none();
   const int64_t M = p.x.rows, N = group.weight.rows;
   if (!look_at_tokens(grad_y, M, N, p.grad_y) || !look_at_tokens(grad_normed, M, N, p.grad_normed) ||
@@ -250,10 +268,6 @@ py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle 
     describe(tensor, like);
     made[i] = new_tokens(tensor, like, like.shape[like.dims - 1], *grads[i]);
   }
-  group.last = M;
-  p.groups = &group;
-  p.count = 1;
-  p.threads = threads;
   run_cpu(cpu::kernels().stitch_backward, p);
   return made;
 }
@@ -261,11 +275,13 @@ py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle 
 }  // namespace
 
 void bind_plain(py::module_& m) {
+  m.def("watch_for", &watch_for, "What the functions below look at before they compute anything.");
   m.def("linear", &linear, "y = x Wᵀ + b if it has so many multiply-adds and rows, or None.");
   m.def("residual_layer_norm", &residual_layer_norm,
-        "h + γ · branch, LN of that and, if wanted, its statistics; or None.");
-  m.def("stitch", &stitch,
-        "y of a stitch and, with an eps, LN(y) and its statistics if wanted; or None.");
+        "h + γ · branch, LN of that and, for autograd, its statistics; or None.");
+  m.def("stitch", &stitch, "y of a stitch; or None.");
+  m.def("stitch_layer_norm", &stitch_layer_norm,
+        "y of a stitch, LN(y) and, for autograd, its statistics; or None.");
   m.def("stitch_gradients", &stitch_gradients,
         "The gradients of x and of the parameters of a stitch, those that are needed; or None.");
   m.def("width_of_stitches", &width_of_stitches,

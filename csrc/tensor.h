@@ -13,6 +13,7 @@ namespace snk {
 // What of torch is used, looked up once and kept as long as the process lives.
 struct Torch {
   PyObject *tensor, *parameter, *dtypes[3];  // the dtypes in the order of DType
+  PyObject *is_grad_enabled, *get_num_threads;
   dlpack::Look look;
 };
 
@@ -25,6 +26,8 @@ inline const Torch& of_torch() {
     return Torch{tensor,
                  of("torch.nn", "Parameter"),
                  {of("torch", "float32"), of("torch", "float16"), of("torch", "bfloat16")},
+                 of("torch", "is_grad_enabled"),
+                 of("torch", "get_num_threads"),
                  dlpack::look_of(tensor)};
   }();
   return known;

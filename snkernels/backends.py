@@ -68,14 +68,24 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: an unknown backend.
     """
-    global _forced
-    previous, _forced = _forced, backend and _validated(backend, "backend")
-    choose.cache_clear()
+    previous = _forced
+    _force(backend and _validated(backend, "backend"))
     try:
         yield
     finally:
-        _forced = previous
-        choose.cache_clear()
+        _force(previous)
+
+
+def _force(backend: str | None) -> None:
+    global _forced
+    _forced = backend
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """Makes the next calls choose anew, by what ``PROVEN`` and the environment say then."""
+    choose.cache_clear()
+    cpu_kernel_is_chosen.cache_clear()
 
 
 def obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -127,3 +137,14 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
         name = str(dtype).removeprefix("torch.")
         return Choice("torch", f"no record shows a faster kernel for {name} on {device} yet")
     return Choice(backend, f"faster than torch on {device} by {record}")
+
+
+@functools.cache
+def cpu_kernel_is_chosen(op: str, offered: tuple[str, ...]) -> bool:
+    """Whether fp32 tensors in CPU memory go to the compiled kernel.
+
+    Where another backend is forced there is no need to know whether it can run on a CPU.
+    """
+    if _forced not in (None, "cpu"):
+        return False
+    return choose(op, offered, "cpu", torch.float32).backend == "cpu"

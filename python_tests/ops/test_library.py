@@ -150,14 +150,14 @@ def test_where_cuda_is_forced_triton_does_the_rest(monkeypatch: pytest.MonkeyPat
 def test_without_the_compiled_module_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "IMPORT_ERROR", "no such file")
     monkeypatch.setattr(backends, "PROVEN", {("stitch", "cpu"): ("cpu", "a record")})
-    backends.choose.cache_clear()
+    backends.forget_choices()
     try:
         choice = backends.choose("stitch", ("torch", "cpu"), "cpu", torch.float32)
         assert choice.backend == "torch"
         assert "no such file" in choice.reason
         assert stitch(torch.randn(4, 3), torch.randn(5, 3)).shape == (4, 5)
     finally:
-        backends.choose.cache_clear()
+        backends.forget_choices()
 
 
 @about_the_cpu

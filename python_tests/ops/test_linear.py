@@ -123,10 +123,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(module, "stitch", counted("kernel", kernel))
     monkeypatch.setattr(module.F, "linear", counted("torch", torchs))
     monkeypatch.setitem(backends.PROVEN, ("linear", "cpu"), ("cpu", "a record"))
-    backends.choose.cache_clear()
+    backends.forget_choices()
     yield made
     monkeypatch.undo()
-    backends.choose.cache_clear()
+    backends.forget_choices()
 
 
 @about_the_cpu

@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from device import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from snkernels.backends import use_backend
@@ -22,8 +23,7 @@ from snkernels.ops import (
     stitch,
     stitch_layer_norm,
 )
-from snkernels.ops.checks import as_rows
-from snkernels.ops.library import unwatched
+from snkernels.ops.library import tries_kernel
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory"),
@@ -78,13 +78,12 @@ def is_plain(op: str, x: Tensor, *rest: object, scaling: object = 0.5, eps: obje
         return native.residual_layer_norm(x, *rest, eps) is not None
     stitches = [(*rest, *[None] * (6 - len(rest)), scaling)]
     if op == "multi_stitch":
-        stitches.insert(0, (torch.randn(OUT, WIDTH), None, None, None, None, None, 1.0))
-    fits = native.width_of_stitches(x, stitches) == OUT
-    if op != "multi_stitch":
-        rows = as_rows(x) if fits else x  # as with gradients
-        done = native.stitch(rows, stitches[0], None if op == "stitch" else 1e-6)
-        assert fits == (done is not None)
-    return fits
+        stitches.insert(0, (torch.ones(OUT, WIDTH), None, None, None, None, None, 1.0))
+    if op == "multi_stitch":
+        return native.width_of_stitches(x, stitches) == OUT
+    if op == "stitch":
+        return native.stitch(x, stitches[0]) is not None
+    return native.stitch_layer_norm(x, stitches[0], eps) is not None
 
 
 TOKENS: dict[str, Callable[[], Tensor]] = {
@@ -106,11 +105,11 @@ CASES = [(op, t) for op in OPS for t in TOKENS if op != "multi_stitch" or t == "
 def look_at_all(patch: pytest.MonkeyPatch) -> None:
     """Until ``patch`` is undone, nothing is taken for plain at once."""
 
-    def never(op: str, x: Tensor) -> bool:
+    def never(op: str) -> bool:
         return False
 
     for module in MODULES.values():
-        patch.setattr(module, "unwatched", never)
+        patch.setattr(module, "tries_kernel", never)
 
 
 @pytest.fixture
@@ -235,7 +234,9 @@ def test_gradients_that_are_not_plain() -> None:
     op = "stitch_layer_norm"
     x = torch.randn(6, WIDTH)
     parameters = (*others(op, x), 0.5)
-    y, normed, mean, rstd = native.stitch(x, parameters, 1e-6, statistics=True)
+    x.requires_grad_()
+    y, normed, mean, rstd = native.stitch_layer_norm(x, parameters, 1e-6)
+    x.requires_grad_(False)
     given = [torch.randn(y.shape), torch.randn(normed.shape), x, parameters, y, mean, rstd]
     needs = [True] * 7
     assert native.stitch_gradients(*given, needs) is not None
@@ -304,12 +305,11 @@ def test_what_is_unusual_is_computed_all_the_same(op: str, unusual: str) -> None
 @pytest.mark.parametrize("number", [1, float("nan"), float("inf"), None, "1e-6"])
 def test_unusual_numbers_are_not_plain(number: object) -> None:
     x = torch.randn(3, WIDTH)
-    assert not is_plain("residual_layer_norm", x, *others("residual_layer_norm", x), eps=number)
-    assert not is_plain("residual_layer_norm", x, *others("residual_layer_norm", x), eps=-1e-6)
+    for op in ("residual_layer_norm", "stitch_layer_norm"):
+        assert not is_plain(op, x, *others(op, x), eps=number)
+        assert not is_plain(op, x, *others(op, x), eps=-1e-6)
     for op in STITCHES:
         assert not is_plain(op, x, *others(op, x), scaling=number)
-    if number is not None:  # without an eps there is no LayerNorm
-        assert native.stitch(x, (*others("stitch_layer_norm", x), 0.5), number) is None
 
 
 @pytest.mark.parametrize("op", STITCHES)
@@ -329,31 +329,109 @@ def test_little_work_is_left_to_others() -> None:
     assert native.linear(x, weight, bias, 30 * WIDTH * OUT, 31) is None
 
 
+class Mode(TorchFunctionMode):
+    """Sees every function of torch, and does nothing about it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def exporting() -> Iterator[None]:
+    """As torch says of itself while it exports a model without dynamo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "_is_compiling_flag", True)
+        yield
+
+
 WATCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "a mode": lambda: FlopCounterMode(display=False),
+    "a mode that dispatches": lambda: FlopCounterMode(display=False),
+    "a mode of functions": Mode,
     "a profiler": torch.profiler.profile,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "forward mode": forward_ad.dual_level,
-    "another backend": lambda: use_backend("torch"),
+    "an export": exporting,
 }
 
 
 @pytest.mark.parametrize("watched", WATCHED)
-def test_somebody_watches(watched: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_somebody_watches(op: str, watched: str) -> None:
     x = torch.randn(3, WIDTH)
-    for op in OPS:
-        for context in (nullcontext, WATCHED[watched]):
-            with context():
-                assert unwatched(op, x) == (context is nullcontext)
-    assert not unwatched("linear", x.as_subclass(Subclass))
-    assert not unwatched("linear", x.tolist())
-    assert not unwatched("linear", x.to("meta"))
+    rest = others(op, x)
+    assert is_plain(op, x, *rest)
+    with WATCHED[watched]():
+        assert not is_plain(op, x, *rest)
+    assert is_plain(op, x, *rest)
 
-    def of_a_batch(x: Tensor) -> Tensor:
-        assert not unwatched("linear", x)
-        return x
 
-    torch.func.vmap(of_a_batch)(x)
+def test_somebody_watches_gradients() -> None:
+    x = torch.randn(3, WIDTH)
+    parameters = (*others("stitch", x), None, None, 0.5)
+    given = torch.randn(3, OUT), None, x, parameters, None, None, None, [True] * 7
+    assert native.stitch_gradients(*given) is not None
+    for watched in WATCHED.values():
+        with watched():
+            assert native.stitch_gradients(*given) is None
+
+
+def traced(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.jit.trace(function, x, check_trace=False)
+
+
+def mapped(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    torch.func.vmap(function)(x)
+
+
+@pytest.mark.parametrize("transform", [traced, mapped])
+@pytest.mark.parametrize("op", OPS)
+def test_inside_a_transform(
+    op: str, transform: Callable[[Callable[[Tensor], Tensor], Tensor], None]
+) -> None:
+    x, answers = torch.randn(3, WIDTH), []
+    rest = others(op, x)
+
+    def watched(number: Tensor) -> Tensor:
+        answers.append(is_plain(op, x, *rest))
+        return number + 1
+
+    transform(watched, torch.randn(2))
+    assert answers == [False]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_kernel_is_tried_where_another_backend_is_forced(op: str) -> None:
+    assert tries_kernel(op)
+    for backend in ("torch", "triton", "cuda"):  # whether it can run here or not
+        with use_backend(backend):
+            assert not tries_kernel(op)
+    assert tries_kernel(op)
+
+
+@pytest.mark.parametrize("op", ["residual_layer_norm", "stitch_layer_norm"])
+def test_statistics_come_along_for_autograd_alone(op: str) -> None:
+    x = torch.randn(3, WIDTH)
+    tensors = [x, *others(op, x)]
+
+    def outputs() -> int:
+        if op == "residual_layer_norm":
+            return len(native.residual_layer_norm(*tensors, 1e-6) or ())
+        return len(native.stitch_layer_norm(x, (*tensors[1:], 0.5), 1e-6) or ())
+
+    assert outputs() == 2
+    for tensor in tensors:
+        tensor.requires_grad_()
+        assert outputs() == 4
+        with torch.no_grad():
+            assert outputs() == 2
+        tensor.requires_grad_(False)
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_norm_needs_an_eps(grads: bool) -> None:
+    x = torch.randn(3, WIDTH, requires_grad=grads)
+    with pytest.raises(ValueError, match="eps must be a finite number of at least 0"):
+        stitch_layer_norm(x, torch.randn(OUT, WIDTH), eps=None)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "linear"])

@@ -1,8 +1,9 @@
 """The thin face of the compiled module, which reads and checks the tensors that it is given.
 
-The functions allocate the outputs. Those of library ops have their signatures; ``linear``,
-``residual_layer_norm``, ``stitch``, ``stitch_gradients`` and what says whether arguments fit look
-at them first, and leave to the caller what is not plainly right.
+The functions allocate the outputs. Those of library ops have their signatures. ``linear``,
+``residual_layer_norm``, ``stitch``, ``stitch_layer_norm``, ``stitch_gradients`` and
+``width_of_stitches`` are quick ways in past torch: they look at their arguments and at what torch
+is doing (:mod:`.watchers`), and leave to the caller what is not plainly right.
 """
 
 import importlib
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snkernels.kernels.watchers import VARIABLES, WATCHERS
+
 _C: Any = None
 IMPORT_ERROR: str | None = None
 CUDA_VERSION: str | None = None
 try:
     _C = importlib.import_module("snkernels._C")
     CUDA_VERSION = _C.cuda_version
+    _C.watch_for(WATCHERS, VARIABLES)
 except ImportError as error:
     IMPORT_ERROR = str(error)
 
@@ -241,74 +245,36 @@ def _stitch_forward(
     return outputs
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, least_work: int, least_rows: int
-) -> Tensor | None:
-    """Y = x Wᵀ + b in inference, of that many multiply-adds and rows or more.
+# The quick ways in: the compiled functions themselves, as each frame of Python in between takes its
+# time. None is their answer where anything is not plainly right.
 
-    None if anything is not plainly right: then the arguments want a closer look.
-    """
-    y: Tensor | None = _C.linear(x, weight, bias, least_work, least_rows, torch.get_num_threads())
-    return y
+# linear(x, weight, bias, least_work, least_rows): y of that many multiply-adds and rows or more,
+# in inference.
+linear: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor | None]
+linear = _C and _C.linear
 
+# stitch(x, parameters): y of tokens (..., in) and of a stitch (weight, …, norm_bias, scaling).
+stitch: Callable[[Tensor, tuple[Any, ...]], Tensor | None]
+stitch = _C and _C.stitch
 
-def stitch(
-    x: Tensor, parameters: tuple[Any, ...], eps: float | None = None, statistics: bool = False
-) -> Any:
-    """The y of a stitch (weight, …, norm_bias, scaling) of tokens x (..., in).
+# stitch_layer_norm(x, parameters, eps): y and LN(y), and mean and 1/σ of each row where autograd
+# will need them.
+stitch_layer_norm: Callable[[Tensor, tuple[Any, ...], float], tuple[Tensor, ...] | None]
+stitch_layer_norm = _C and _C.stitch_layer_norm
 
-    With an eps (y, LN(y)), and mean and 1/σ of each row if they are wanted. None if anything is not
-    plainly right.
-    """
-    return _C.stitch(x, parameters, eps, statistics, torch.get_num_threads())
+# stitch_gradients(grad_y, grad_normed, x, parameters, y, mean, rstd, needs): those of x and of the
+# six tensors of a stitch, None for what ``needs`` does not mark.
+stitch_gradients: Callable[..., list[Tensor | None] | None]
+stitch_gradients = _C and _C.stitch_gradients
 
+# width_of_stitches(x, groups): the output width of stitches that x (..., in) fits; 0 for None.
+width_of_stitches: Callable[[Tensor, list[Any]], int]
+width_of_stitches = _C and _C.width_of_stitches
 
-def stitch_gradients(
-    grad_y: Tensor | None,
-    grad_normed: Tensor | None,
-    x: Tensor,
-    parameters: tuple[Any, ...],
-    y: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor | None] | None:
-    """The gradients of x and of a stitch's six tensors, None for what ``needs`` does not mark.
-
-    None if anything is not plainly right.
-    """
-    grads: list[Tensor | None] | None = _C.stitch_gradients(
-        *(grad_y, grad_normed, x, parameters, y, mean, rstd, needs, torch.get_num_threads())
-    )
-    return grads
-
-
-def width_of_stitches(x: Tensor, groups: list[Any]) -> int:
-    """The output width of stitches, (weight, …, norm_bias, scaling) each, that x (..., in) fits.
-
-    0 if anything is not plainly right.
-    """
-    width: int = _C.width_of_stitches(x, groups)
-    return width
-
-
-def residual_layer_norm(
-    h: Tensor,
-    branch: Tensor,
-    layer_scale: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    statistics: bool = False,
-) -> tuple[Tensor, ...] | None:
-    """(h + γ · branch, LN of that), (..., N), and mean and 1/σ of each row if they are wanted.
-
-    None if anything is not plainly right.
-    """
-    done: tuple[Tensor, ...] | None = _C.residual_layer_norm(
-        h, branch, layer_scale, norm_weight, norm_bias, eps, statistics, torch.get_num_threads()
-    )
-    return done
+# residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps) of tokens (..., N):
+# (h + γ · branch, LN of that), and mean and 1/σ of each row where autograd will need them.
+residual_layer_norm: Callable[..., tuple[Tensor, ...] | None]
+residual_layer_norm = _C and _C.residual_layer_norm
 
 
 def residual_layer_norm_forward(

@@ -11,17 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, compiler
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_any_autocast_enabled,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
 from torch._C._autograd import _profiler_enabled
-from torch.autograd import forward_ad
 
 from snkernels import backends
+from snkernels.kernels.watchers import TRANSFORMS
 
 _library = torch.library.Library("snkernels", "DEF")
 
@@ -79,34 +72,20 @@ def register(
 
 def is_transformed(args: Sequence[Any]) -> bool:
     """Whether torch would do something else for a call: trace it, count it or convert tensors."""
-    return _is_transforming() or not _are_plain(args)
+    if compiler.is_compiling():
+        return True
+    for question in TRANSFORMS:
+        if question():
+            return True
+    return not _are_plain(args)
 
 
-def _is_transforming() -> bool:
-    """Whether torch does something else for every call at present."""
-    return (
-        # What compiler.is_compiling() says, which takes twice as long.
-        compiler.is_dynamo_compiling()
-        or compiler._is_compiling_flag
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_function_stack() > 0
-        or _are_functorch_transforms_active()
-        or _is_tracing()
-    )
+def tries_kernel(op: str) -> bool:
+    """Whether an op's quick way in past torch, in :mod:`.native`, is to be asked first.
 
-
-def unwatched(op: str, x: Any) -> bool:
-    """Whether an op may go to its kernel for CPUs past torch's dispatcher, if all else is plain.
-
-    It may in fp32, where nobody watches calls, changes them or casts.
+    It computes what is plain fp32 in CPU memory, where torch does nothing but compute.
     """
-    return (
-        type(x) in _TENSORS
-        and not (_is_transforming() or _profiler_enabled() or forward_ad._current_level >= 0)
-        and x.is_cpu
-        and not _is_any_autocast_enabled()
-        and backends.choose(op, OFFERED[op], "cpu", torch.float32).backend == "cpu"
-    )
+    return not compiler.is_dynamo_compiling() and backends.cpu_kernel_is_chosen(op, OFFERED[op])
 
 
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))

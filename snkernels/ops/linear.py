@@ -19,7 +19,7 @@ from snkernels.ops.library import (
     autocast_dtype,
     device_type,
     is_transformed,
-    unwatched,
+    tries_kernel,
 )
 from snkernels.ops.stitch import stitch
 
@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: arguments that do not fit together.
     """
-    if not torch.is_grad_enabled() and unwatched("linear", x) and (bounds := _bounds()):
+    if not torch.is_grad_enabled() and tries_kernel("linear") and (bounds := _bounds()):
         y = native.linear(x, weight, bias, *bounds)
         if y is not None:
             return y

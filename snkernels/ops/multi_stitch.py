@@ -22,8 +22,8 @@ from snkernels.ops.library import (
     autocast,
     needs_grad,
     register,
+    tries_kernel,
     triton_kernel,
-    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import empty_grads, spread
@@ -332,7 +332,7 @@ def _multi_stitch(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     groups = list(groups)
-    out_features = native.width_of_stitches(x, groups) if unwatched("multi_stitch", x) else 0
+    out_features = native.width_of_stitches(x, groups) if tries_kernel("multi_stitch") else 0
     plain = out_features > 0 and x.dim() == 2
     if not plain:
         out_features = _check_groups(x, groups)

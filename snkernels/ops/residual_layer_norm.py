@@ -19,8 +19,8 @@ from snkernels.ops.library import (
     device_type,
     needs_grad,
     register,
+    tries_kernel,
     triton_kernel,
-    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import empty_grads, spread
@@ -214,17 +214,14 @@ def residual_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
-    vectors = (layer_scale, norm_weight, norm_bias)
-    if drop_path_scale is None and unwatched("residual_layer_norm", h):
-        # Computed before autograd comes in, which then only keeps it; tokens have users' own shape.
-        done = native.residual_layer_norm(
-            h, branch, *vectors, eps, statistics=torch.is_grad_enabled()
-        )
-        if done is not None and needs_grad(h, branch, *vectors):
+    if drop_path_scale is None and tries_kernel("residual_layer_norm"):
+        done = native.residual_layer_norm(h, branch, layer_scale, norm_weight, norm_bias, eps)
+        if done is not None:
+            if len(done) == 2:
+                return done
+            # Autograd only keeps what is computed by now; tokens have users' own shape.
             norm = norm_weight, norm_bias, eps
             return _apply_directly(h, branch, layer_scale, None, *norm, None, done)
-        if done is not None:
-            return done[0], done[1]
     _check(h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps)
     dtype = torch.promote_types(h.dtype, branch.dtype)
     tensors = (

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import applied, differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once, directly
 from snkernels.ops.checks import as_rows, check_input, check_stitch, from_rows
 from snkernels.ops.library import (
     autocast,
     needs_grad,
     register,
-    unwatched,
+    tries_kernel,
     without_autocast,
 )
 
@@ -81,32 +81,29 @@ class _Stitch(torch.autograd.Function):
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         scaling: float,
-        plain: bool,
+        done: tuple[Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
         ctx.scaling = scaling
-        if not plain:
-            return _forward_op(x, weight, bias, lora_A, lora_B, scaling)
-        y = native.stitch(x, (weight, bias, lora_A, lora_B, None, None, scaling))
-        assert y is not None, "width_of_stitches must be asked first"
-        return y
+        return done[0] if done else _forward_op(x, weight, bias, lora_A, lora_B, scaling)
 
     @staticmethod
     @differentiable_once("stitch")
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[:5])
         x, *tensors = ctx.saved_tensors
-        if unwatched("stitch_backward", x):
+        if tries_kernel("stitch_backward"):
             parameters = *tensors, None, None, ctx.scaling
             wanted = [*needs, False, False]
             done = native.stitch_gradients(grad_y, None, x, parameters, None, None, None, wanted)
             if done is not None:
                 return *done[:5], None, None
-        grads = backward_op(grad_y, x, *tensors, ctx.scaling, needs)
-        return *spread(grads, needs), None, None
+        grads = backward_op(as_rows(grad_y), as_rows(x), *tensors, ctx.scaling, needs)
+        grad_x, *others = spread(grads, needs)
+        return None if grad_x is None else from_rows(grad_x, x), *others, None, None
 
 
-_apply = applied(_Stitch)
+_apply, _apply_directly = applied(_Stitch), directly(_Stitch)
 
 
 def stitch(
@@ -137,23 +134,15 @@ def stitch(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
-    parameters = (weight, bias, lora_A, lora_B, None, None, scaling)
-    plain = False
-    if unwatched("stitch", x):
-        if not torch.is_grad_enabled():
-            done: Tensor | None = native.stitch(x, parameters)
-            if done is not None:
-                return done
-        else:
-            plain = native.width_of_stitches(x, [parameters]) > 0
-    if not plain:
-        check_input(x)
-        check_stitch(x, weight, bias, lora_A, lora_B, scaling)
+    if tries_kernel("stitch"):
+        done = native.stitch(x, (weight, bias, lora_A, lora_B, None, None, scaling))
+        if done is not None:
+            operands = x, weight, bias, lora_A, lora_B
+            return _apply_directly(*operands, scaling, (done,)) if needs_grad(*operands) else done
+    check_input(x)
+    check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    operands = (as_rows(x if plain else autocast(x)), weight, bias, lora_A, lora_B)
-    if needs_grad(*operands):
-        y = _apply(*operands, float(scaling), plain)
-    else:
-        y = _forward_op(*operands, float(scaling), plain=plain)
+    arguments = as_rows(autocast(x)), weight, bias, lora_A, lora_B, float(scaling)
+    y = _apply(*arguments, None) if needs_grad(*arguments[:5]) else _forward_op(*arguments)
     return from_rows(y, x)

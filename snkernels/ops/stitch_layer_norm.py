@@ -11,7 +11,7 @@ from torch import Tensor
 
 from snkernels import reference
 from snkernels.kernels import native
-from snkernels.ops.autograd import applied, differentiable_once
+from snkernels.ops.autograd import applied, differentiable_once, directly
 from snkernels.ops.checks import (
     as_rows,
     check_input,
@@ -24,8 +24,8 @@ from snkernels.ops.library import (
     autocast,
     needs_grad,
     register,
+    tries_kernel,
     triton_kernel,
-    unwatched,
     without_autocast,
 )
 from snkernels.ops.stitch import backward_op as stitch_backward
@@ -108,13 +108,9 @@ class _StitchLayerNorm(torch.autograd.Function):
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
         eps: float,
-        plain: bool,
+        done: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        if plain:
-            parameters = weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling
-            done = native.stitch(x, parameters, eps, statistics=True)
-            assert done is not None, "width_of_stitches must be asked first"
-        else:
+        if done is None:
             norm = norm_weight, norm_bias, eps
             done = _forward_op(x, weight, bias, lora_A, lora_B, scaling, *norm)
         y, normed, mean, rstd = done
@@ -135,22 +131,25 @@ class _StitchLayerNorm(torch.autograd.Function):
                 return (None,) * 10
         x, *tensors, y, mean, rstd, norm_weight, norm_bias = ctx.saved_tensors
         grads = None
-        if unwatched("stitch_layer_norm_backward", x):
+        if tries_kernel("stitch_layer_norm_backward"):
             parameters = *tensors, norm_weight, norm_bias, ctx.scaling
             given = grad_y, grad_normed, x, parameters, y, mean, rstd
             grads = native.stitch_gradients(*given, needs)
         if grads is None:
-            stitch = x, *tensors, ctx.scaling
+            upper = [None if g is None else as_rows(g) for g in (grad_y, grad_normed)]
+            stitch = as_rows(x), *tensors, ctx.scaling
             if grad_normed is None:
-                grads = spread(stitch_backward(grad_y, *stitch, needs[:5]), needs)
+                made = stitch_backward(upper[0], *stitch, needs[:5])
             else:
-                residuals = y, mean, rstd, norm_weight, norm_bias
-                grads = spread(_backward_op(grad_y, grad_normed, *stitch, *residuals, needs), needs)
+                residuals = as_rows(y), mean, rstd, norm_weight, norm_bias
+                made = _backward_op(*upper, *stitch, *residuals, needs)
+            grad_x, *others = spread(made, needs)
+            grads = [None if grad_x is None else from_rows(grad_x, x), *others]
         *stitch_grads, norm_weight_grad, norm_bias_grad = grads
         return *stitch_grads, None, norm_weight_grad, norm_bias_grad, None, None
 
 
-_apply = applied(_StitchLayerNorm)
+_apply, _apply_directly = applied(_StitchLayerNorm), directly(_StitchLayerNorm)
 
 
 def stitch_layer_norm(
@@ -189,28 +188,23 @@ def stitch_layer_norm(
     Raises:
         TypeError, ValueError: arguments that do not fit together.
     """
-    stitch = (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling)
-    plain = False
-    if unwatched("stitch_layer_norm", x):
-        if not torch.is_grad_enabled():
-            done: tuple[Tensor, Tensor] | None = native.stitch(x, stitch, eps)
-            if done is not None:
+    norm = norm_weight, norm_bias
+    if tries_kernel("stitch_layer_norm"):
+        operands = weight, bias, lora_A, lora_B
+        done = native.stitch_layer_norm(x, (*operands, *norm, scaling), eps)
+        if done is not None:
+            if len(done) == 2:
                 return done
-        else:
-            plain = native.width_of_stitches(x, [stitch]) > 0
-    if not plain:
-        check_input(x)
-        check_stitch(x, weight, bias, lora_A, lora_B, scaling)
-        check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
-        check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
+            return _apply_directly(x, *operands, scaling, *norm, eps, done)
+    check_input(x)
+    check_stitch(x, weight, bias, lora_A, lora_B, scaling)
+    check_tensor("norm_weight", norm_weight, x, (weight.shape[0],))
+    check_tensor("norm_bias", norm_bias, x, (weight.shape[0],))
     check_number("eps", eps, 0.0)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    rows = as_rows(x if plain else autocast(x))
-    operands, norm = (rows, weight, bias, lora_A, lora_B), (norm_weight, norm_bias)
-    arguments = (*operands, float(scaling), *norm, float(eps))
-    if needs_grad(*operands, *norm):
-        y, normed = _apply(*arguments, plain)
-    else:
-        y, normed, *_ = _forward_op(*arguments, plain=plain)
+    tensors = as_rows(autocast(x)), weight, bias, lora_A, lora_B
+    arguments = *tensors, float(scaling), *norm, float(eps)
+    training = needs_grad(*tensors, *norm)
+    y, normed, *_ = _apply(*arguments, None) if training else _forward_op(*arguments)
     return from_rows(y, x), from_rows(normed, x)
