@@ -93,6 +93,38 @@ py::object new_tokens(handle like, const dlpack::Tensor& t, int64_t width, View&
   return new_empty(like, shape, rows);
 }
 
+// Reads tokens of so many rows and features, or nothing of None.
+bool look_at_tokens(handle tensor, int64_t rows, int64_t features, View& tokens) {
+  dlpack::Tensor t;
+  if (tensor.is_none()) return true;
+  return is_plain(tensor, t) && rows_of_tokens(t, tokens) && tokens.rows == rows &&
+         tokens.cols == features;
+}
+
+// Statistics of so many rows: a kernel reads them as the forward wrote them, one after another.
+bool look_at_statistics(handle mean, handle rstd, int64_t rows, View& mean_of, View& rstd_of) {
+  return look_at_vector(mean, rows, mean_of) && look_at_vector(rstd, rows, rstd_of) && mean_of &&
+         rstd_of && mean_of.col_stride == 1 && rstd_of.col_stride == 1;
+}
+
+// Room for the gradients of the tensors that need one, None for the others and for those that nobody
+// writes; None in all unless `needs` says True or False of each.
+template <int count>
+py::object new_gradients(const handle (&tensors)[count], handle needs, View* const (&grads)[count]) {
+  if (!PyList_Check(needs.ptr()) || PyList_GET_SIZE(needs.ptr()) != count) return py::none();
+  py::list made(count);
+  for (int i = 0; i < count; ++i) {
+    PyObject* const needed = PyList_GET_ITEM(needs.ptr(), i);
+    if (!PyBool_Check(needed)) return py::none();
+    made[i] = py::none();
+    if (needed != Py_True || tensors[i].is_none() || grads[i] == nullptr) continue;
+    dlpack::Tensor like;
+    describe(tensors[i], like);
+    made[i] = new_tokens(tensors[i], like, like.shape[like.dims - 1], *grads[i]);
+  }
+  return made;
+}
+
 // Runs a forward that also normalises: what it makes and, where autograd will need them, the
 // statistics of `rows` rows.
 template <typename Forward>
@@ -142,6 +174,34 @@ py::object residual_layer_norm(handle h, handle branch, handle layer_scale, hand
   return with_norm(cpu::kernels().residual_layer_norm_forward, p, h, p.h.rows, training, sum, normed);
 }
 
+py::object residual_gradients(handle grad_sum, handle grad_normed, handle h, handle branch,
+                              handle layer_scale, handle norm_weight, handle norm_bias, handle sum,
+                              handle mean, handle rstd, handle needs) {
+  dlpack::Tensor t, other;
+  cpu::ResidualLayerNormBackward p{};
+  View norm_bias_of;
+  if (!unwatched() || !is_plain(sum, t) || !rows_of_tokens(t, p.sum)) return py::none();
+  const int64_t M = p.sum.rows, N = p.sum.cols;
+  if (!is_plain(h, other) || !same_shape(t, other) || !is_plain(branch, other) ||
+      !same_shape(t, other) || !rows_of_tokens(other, p.branch) ||
+      !look_at_vector(layer_scale, N, p.layer_scale) ||
+      !look_at_vector(norm_weight, N, p.norm_weight) ||
+      !look_at_vector(norm_bias, N, norm_bias_of) ||
+      !look_at_tokens(grad_sum, M, N, p.grad_sum) ||
+      !look_at_tokens(grad_normed, M, N, p.grad_normed) || (!p.grad_sum && !p.grad_normed) ||
+      !look_at_statistics(mean, rstd, M, p.mean, p.rstd))
+    return py::none();
+  p.rows_per_scale = M;
+  p.threads = num_threads();
+  const bool normed = bool(p.grad_normed);
+  py::object made = new_gradients(
+      {h, branch, layer_scale, norm_weight, norm_bias}, needs,
+      {&p.grad_h, &p.grad_branch, &p.grad_layer_scale, normed ? &p.grad_norm_weight : nullptr,
+       normed ? &p.grad_norm_bias : nullptr});
+  if (!made.is_none()) run_cpu(cpu::kernels().residual_layer_norm_backward, p);
+  return made;
+}
+
 // Reads the parameters of a stitch (weight, bias, lora_A, lora_B, norm_weight, norm_bias, scaling) for
 // tokens of K features; false unless they fit.
 bool read_stitch(handle parameters, int64_t K, cpu::StitchGroup& group) {
@@ -181,6 +241,9 @@ struct OneStitch {
   dlpack::Tensor tokens;
   Params p{};
   cpu::StitchGroup group{};
+
+  OneStitch() = default;
+  OneStitch(const OneStitch&) = delete;  // p points at the group
 
   bool read(handle x) {
     if (!unwatched() || !is_plain(x, tokens) || !rows_of_tokens(tokens, p.x)) return false;
@@ -229,46 +292,23 @@ py::object stitch_layer_norm(handle x, handle parameters, handle eps) {
   return with_norm(cpu::kernels().stitch_forward, one.p, x, one.p.x.rows, training, y, normed);
 }
 
-// Reads tokens of so many rows and features, or nothing of None.
-bool look_at_tokens(handle tensor, int64_t rows, int64_t features, View& tokens) {
-  dlpack::Tensor t;
-  if (tensor.is_none()) return true;
-  return is_plain(tensor, t) && rows_of_tokens(t, tokens) && tokens.rows == rows &&
-         tokens.cols == features;
-}
-
 py::object stitch_gradients(handle grad_y, handle grad_normed, handle x, handle parameters, handle y,
                             handle mean, handle rstd, handle needs) {
   OneStitch<cpu::StitchBackward> one;
   auto& [tokens, p, group] = one;
-  if (!one.read(x, parameters) || !PyList_Check(needs.ptr()) ||
-      PyList_GET_SIZE(needs.ptr()) != 7)
-    return py::none();
+  if (!one.read(x, parameters)) return py::none();
   const int64_t M = p.x.rows, N = group.weight.rows;
   if (!look_at_tokens(grad_y, M, N, p.grad_y) || !look_at_tokens(grad_normed, M, N, p.grad_normed) ||
-      !look_at_tokens(y, M, N, p.y) || !look_at_vector(mean, M, p.mean) ||
-      !look_at_vector(rstd, M, p.rstd) || (!p.grad_y && !p.grad_normed))
+      !look_at_tokens(y, M, N, p.y) || (!p.grad_y && !p.grad_normed))
     return py::none();
-  // The kernel reads the statistics as the forward wrote them.
-  const auto adjacent = [](const View& vector) { return vector && vector.col_stride == 1; };
-  if (p.grad_normed && !(p.y && adjacent(p.mean) && adjacent(p.rstd))) return py::none();
-  // In the order of the parameters, x before them.
-  View* const grads[] = {&p.grad_x,          &group.grad_weight,      &group.grad_bias,
-                         &group.grad_lora_A, &group.grad_lora_B,      &group.grad_norm_weight,
-                         &group.grad_norm_bias};
-  py::list made(7);
-  for (int i = 0; i < 7; ++i) {
-    const handle tensor = i == 0 ? x : handle(PyTuple_GET_ITEM(parameters.ptr(), i - 1));
-    PyObject* const needed = PyList_GET_ITEM(needs.ptr(), i);
-    if (!PyBool_Check(needed)) return py::none();
-    made[i] = py::none();
-    const bool of_norm = i > 4;  // nobody writes those of a norm that was not used
-    if (needed != Py_True || tensor.is_none() || (of_norm && !p.grad_normed)) continue;
-    dlpack::Tensor like;
-    describe(tensor, like);
-    made[i] = new_tokens(tensor, like, like.shape[like.dims - 1], *grads[i]);
-  }
-  run_cpu(cpu::kernels().stitch_backward, p);
+  const bool normed = bool(p.grad_normed);
+  if (normed && !(p.y && look_at_statistics(mean, rstd, M, p.mean, p.rstd))) return py::none();
+  const auto at = [&](Py_ssize_t i) { return handle(PyTuple_GET_ITEM(parameters.ptr(), i)); };
+  py::object made = new_gradients(
+      {x, at(0), at(1), at(2), at(3), at(4), at(5)}, needs,
+      {&p.grad_x, &group.grad_weight, &group.grad_bias, &group.grad_lora_A, &group.grad_lora_B,
+       normed ? &group.grad_norm_weight : nullptr, normed ? &group.grad_norm_bias : nullptr});
+  if (!made.is_none()) run_cpu(cpu::kernels().stitch_backward, p);
   return made;
 }
 
@@ -279,6 +319,8 @@ void bind_plain(py::module_& m) {
   m.def("linear", &linear, "y = x Wᵀ + b if it has so many multiply-adds and rows, or None.");
   m.def("residual_layer_norm", &residual_layer_norm,
         "h + γ · branch, LN of that and, for autograd, its statistics; or None.");
+  m.def("residual_gradients", &residual_gradients,
+        "The gradients of h, branch, layer_scale and the norm, those that are needed; or None.");
   m.def("stitch", &stitch, "y of a stitch; or None.");
   m.def("stitch_layer_norm", &stitch_layer_norm,
         "y of a stitch, LN(y) and, for autograd, its statistics; or None.");

@@ -25,7 +25,7 @@ struct Watchers {
 };
 
 inline void watch_for(const pybind11::tuple& questions, const pybind11::tuple& variables) {
-  Watchers& known = Watchers::known();
+  Watchers& known = Watchers::known() = {};
   for (const auto question : questions) known.questions.push_back(question.inc_ref().ptr());
   for (const auto variable : variables) {
     const auto members = variable.inc_ref().cast<pybind11::tuple>();
@@ -44,7 +44,7 @@ inline pybind11::object answer_of(PyObject* question) {
 inline bool unwatched() {
   const Watchers& known = Watchers::known();
   for (PyObject* const question : known.questions)
-    if (PyObject_IsTrue(answer_of(question).ptr()) != 0) return false;
+    if (answer_of(question).cast<bool>()) return false;
   for (const auto& variable : known.variables)
     if (PyDict_GetItemWithError(variable.module, variable.name) != variable.calm) return false;
   return !known.questions.empty();

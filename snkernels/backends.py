@@ -143,8 +143,8 @@ def choose(op: str, offered: tuple[str, ...], device: str, dtype: torch.dtype) -
 def cpu_kernel_is_chosen(op: str, offered: tuple[str, ...]) -> bool:
     """Whether fp32 tensors in CPU memory go to the compiled kernel.
 
-    Where another backend is forced there is no need to know whether it can run on a CPU.
+    Unlike :func:`choose` it does not raise: the tensors of the call may be others.
     """
-    if _forced not in (None, "cpu"):
+    if _forced not in (None, "cpu") or obstacle("cpu", "cpu", torch.float32):
         return False
     return choose(op, offered, "cpu", torch.float32).backend == "cpu"

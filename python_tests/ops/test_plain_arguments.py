@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from device import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from snkernels.backends import use_backend
@@ -35,6 +36,7 @@ pytestmark = [
 
 WIDTH, OUT, RANK = 40, 24, 3
 STITCHES = ["stitch", "stitch_layer_norm", "multi_stitch"]
+SINGLE = ["residual_layer_norm", "stitch", "stitch_layer_norm"]  # with gradients of their own
 OPS = ["linear", "residual_layer_norm", *STITCHES]
 MODULES = {op: importlib.import_module(f"snkernels.ops.{op}") for op in OPS}
 
@@ -79,7 +81,6 @@ def is_plain(op: str, x: Tensor, *rest: object, scaling: object = 0.5, eps: obje
     stitches = [(*rest, *[None] * (6 - len(rest)), scaling)]
     if op == "multi_stitch":
         stitches.insert(0, (torch.ones(OUT, WIDTH), None, None, None, None, None, 1.0))
-    if op == "multi_stitch":
         return native.width_of_stitches(x, stitches) == OUT
     if op == "stitch":
         return native.stitch(x, stitches[0]) is not None
@@ -203,7 +204,7 @@ def test_gradients_of_tokens_in_any_shape(tokens: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (1, 2, 5), (3, 4)], ids=str)
-@pytest.mark.parametrize("op", ["stitch", "stitch_layer_norm"])
+@pytest.mark.parametrize("op", SINGLE)
 def test_gradients_have_the_same_bits(
     op: str, frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +255,62 @@ def test_gradients_that_are_not_plain() -> None:
     assert native.stitch_gradients(*given, [1] * 7) is None
     of_y = native.stitch_gradients(given[0], None, x, parameters, None, None, None, needs)
     assert of_y is not None and [g is None for g in of_y] == [False] * 5 + [True] * 2
+
+
+def test_gradients_of_a_residual_that_are_not_plain() -> None:
+    op = "residual_layer_norm"
+    h = torch.randn(6, WIDTH, requires_grad=True)
+    branch, *vectors = others(op, h)
+    total, normed, mean, rstd = native.residual_layer_norm(h, branch, *vectors, 1e-6)
+    grads = torch.randn(total.shape), torch.randn(normed.shape)
+    given = [*grads, h.detach(), branch, *vectors, total, mean, rstd]
+    needs = [True] * 5
+    assert native.residual_gradients(*given, needs) is not None
+    for i, tensor in enumerate(given):
+        for unusual, change in UNUSUAL.items():
+            changed = [*given[:i], change(tensor), *given[i + 1 :]]
+            assert native.residual_gradients(*changed, needs) is None, (i, unusual)
+    for i in (2, 3, 7, 8, 9):
+        assert native.residual_gradients(*given[:i], None, *given[i + 1 :], needs) is None, i
+    apart = mean.repeat_interleave(2)[::2]
+    assert native.residual_gradients(*given[:8], apart, rstd, needs) is None
+    assert native.residual_gradients(None, None, *given[2:], needs) is None
+    assert native.residual_gradients(*given, needs[1:]) is None
+    assert native.residual_gradients(*given, [1] * 5) is None
+    assert native.residual_gradients(*given, tuple(needs)) is None
+    of_sum = native.residual_gradients(given[0], None, *given[2:], needs)
+    assert of_sum is not None and [g is None for g in of_sum] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("op", SINGLE)
+def test_the_way_in_makes_no_difference_to_checkpoints(op: str, watched: str) -> None:
+    """In the backward they compare the shapes of what is saved with a second forward's."""
+    x = torch.randn(3, 10, WIDTH, requires_grad=True)
+    rest = others(op, x)
+    expected = torch.autograd.grad(sum(y.sum() for y in call(op, x, *rest)), x)
+    counted = {watched: FlopCounterMode(display=False)}
+    with counted.get("forward", nullcontext()):
+        results = checkpoint(call, op, x, *rest, use_reentrant=False)
+        total = sum(y.sum() for y in results)
+    with counted.get("backward", nullcontext()):
+        assert torch.equal(*torch.autograd.grad(total, x), *expected)
+
+
+@pytest.mark.parametrize("op", SINGLE)
+@pytest.mark.parametrize("quick", [True, False])
+def test_results_may_be_written_into(op: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of torch's own functions: they are no views of anything."""
+    x = torch.randn(3, 10, WIDTH, requires_grad=True)
+    rest = others(op, x)
+    if not quick:
+        look_at_all(monkeypatch)
+    expected = torch.autograd.grad(sum(y.sum() for y in call(op, x, *rest)), x)
+    results = call(op, x, *rest)
+    for y in results:
+        y.mul_(1)
+    if op == "stitch":  # the others' own backward reads their sum or y
+        assert torch.equal(*torch.autograd.grad(results[0].sum(), x), *expected)
 
 
 class Subclass(Tensor):
@@ -368,11 +425,13 @@ def test_somebody_watches(op: str, watched: str) -> None:
 def test_somebody_watches_gradients() -> None:
     x = torch.randn(3, WIDTH)
     parameters = (*others("stitch", x), None, None, 0.5)
-    given = torch.randn(3, OUT), None, x, parameters, None, None, None, [True] * 7
-    assert native.stitch_gradients(*given) is not None
-    for watched in WATCHED.values():
+    of_a_stitch = torch.randn(3, OUT), None, x, parameters, None, None, None, [True] * 7
+    statistics = torch.randn(3), torch.rand(3)
+    residual = (x, x, x, *others("residual_layer_norm", x), x, *statistics, [True] * 5)
+    for watched in (nullcontext, *WATCHED.values()):
         with watched():
-            assert native.stitch_gradients(*given) is None
+            answers = native.stitch_gradients(*of_a_stitch), native.residual_gradients(*residual)
+        assert [done is None for done in answers] == [watched is not nullcontext] * 2
 
 
 def traced(function: Callable[[Tensor], Tensor], x: Tensor) -> None:

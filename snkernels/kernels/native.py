@@ -1,9 +1,10 @@
 """The thin face of the compiled module, which reads and checks the tensors that it is given.
 
 The functions allocate the outputs. Those of library ops have their signatures. ``linear``,
-``residual_layer_norm``, ``stitch``, ``stitch_layer_norm``, ``stitch_gradients`` and
-``width_of_stitches`` are quick ways in past torch: they look at their arguments and at what torch
-is doing (:mod:`.watchers`), and leave to the caller what is not plainly right.
+``residual_layer_norm``, ``residual_gradients``, ``stitch``, ``stitch_layer_norm``,
+``stitch_gradients`` and ``width_of_stitches`` are quick ways in past torch: they look at their
+arguments and at what torch is doing (:mod:`.watchers`), and leave to the caller what is not plainly
+right.
 """
 
 import importlib
@@ -275,6 +276,11 @@ width_of_stitches = _C and _C.width_of_stitches
 # (h + γ · branch, LN of that), and mean and 1/σ of each row where autograd will need them.
 residual_layer_norm: Callable[..., tuple[Tensor, ...] | None]
 residual_layer_norm = _C and _C.residual_layer_norm
+
+# residual_gradients(grad_sum, grad_normed, h, branch, layer_scale, norm_weight, norm_bias, sum,
+# mean, rstd, needs): those of h and of the four after it, None for what ``needs`` does not mark.
+residual_gradients: Callable[..., list[Tensor | None] | None]
+residual_gradients = _C and _C.residual_gradients
 
 
 def residual_layer_norm_forward(

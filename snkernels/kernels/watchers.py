@@ -28,7 +28,7 @@ TRANSFORMS: Final[tuple[Question, ...]] = (
     _is_tracing,
 )
 
-# The quick way in is closed: these, and what the call itself would have to do something about.
+# Any of these closes the quick ways in.
 WATCHERS: Final[tuple[Question, ...]] = (*TRANSFORMS, _profiler_enabled, _is_any_autocast_enabled)
 
 # The same of variables: the module, its variable, and the value where nothing is going on.

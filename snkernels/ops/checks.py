@@ -83,8 +83,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def from_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """(rows, width) in the shape that ``x`` had before :func:`as_rows`."""
-    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[1])
+    """(rows, width) in the shape that ``x`` had before :func:`as_rows`.
+
+    No view to autograd, which would forbid users to write into what its Functions return.
+    """
+    if x.dim() == 2:
+        return rows
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[1]])
+    return shaped
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

@@ -137,6 +137,12 @@ _backward_op = register(
 )
 
 
+def _forward(h: Tensor, branch: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op, of tokens in any shape: what is saved of them must not depend on the way in."""
+    total, normed, mean, rstd = _forward_op(as_rows(h), as_rows(branch), *others)
+    return from_rows(total, h), from_rows(normed, h), mean, rstd
+
+
 class _ResidualLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -153,7 +159,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if done is None:
             norm = norm_weight, norm_bias, eps, normed_dtype
-            done = _forward_op(h, branch, layer_scale, drop_path_scale, *norm)
+            done = _forward(h, branch, layer_scale, drop_path_scale, *norm)
         total, normed, mean, rstd = done
         ctx.save_for_backward(
             h, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
@@ -169,6 +175,12 @@ class _ResidualLayerNorm(torch.autograd.Function):
         if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
             need_norm = [False, False]
         needs = [need_h, need_branch, need_scale, *need_norm]
+        if drop_path_scale is None and tries_kernel("residual_layer_norm_backward"):
+            mean, rstd, *norm = rest
+            operands = h, branch, layer_scale, *norm, total, mean, rstd
+            done = native.residual_gradients(grad_sum, grad_normed, *operands, needs)
+            if done is not None:
+                return *done[:3], None, *done[3:], None, None, None
         tokens = (None if t is None else as_rows(t) for t in (grad_sum, grad_normed, h, branch))
         grads = _backward_op(*tokens, layer_scale, drop_path_scale, as_rows(total), *rest, needs)
         grad_h, grad_branch, grad_scale, *grads_of_norm = spread(grads, needs)
@@ -224,14 +236,11 @@ def residual_layer_norm(
             return _apply_directly(h, branch, layer_scale, None, *norm, None, done)
     _check(h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias, eps)
     dtype = torch.promote_types(h.dtype, branch.dtype)
-    tensors = (
-        *(as_rows(h), as_rows(branch), layer_scale, drop_path_scale),
-        *(norm_weight, norm_bias),
-    )
+    tensors = h, branch, layer_scale, drop_path_scale, norm_weight, norm_bias
     arguments = *tensors, float(eps), autocast_dtype(device_type(h), dtype)
     training = needs_grad(*tensors)
-    total, normed, *_ = _apply(*arguments, None) if training else _forward_op(*arguments)
-    return from_rows(total, h), from_rows(normed, h)
+    total, normed, *_ = _apply(*arguments, None) if training else _forward(*arguments)
+    return total, normed
 
 
 def _check(

@@ -71,6 +71,11 @@ backward_op = register(
 )
 
 
+def _forward(x: Tensor, *others: Any) -> Tensor:
+    """The op, of tokens in any shape: what is saved of them must not depend on the way in."""
+    return from_rows(_forward_op(as_rows(x), *others), x)
+
+
 class _Stitch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,7 +90,7 @@ class _Stitch(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, lora_A, lora_B)
         ctx.scaling = scaling
-        return done[0] if done else _forward_op(x, weight, bias, lora_A, lora_B, scaling)
+        return done[0] if done else _forward(x, weight, bias, lora_A, lora_B, scaling)
 
     @staticmethod
     @differentiable_once("stitch")
@@ -143,6 +148,6 @@ def stitch(
     check_stitch(x, weight, bias, lora_A, lora_B, scaling)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    arguments = as_rows(autocast(x)), weight, bias, lora_A, lora_B, float(scaling)
-    y = _apply(*arguments, None) if needs_grad(*arguments[:5]) else _forward_op(*arguments)
-    return from_rows(y, x)
+    arguments = autocast(x), weight, bias, lora_A, lora_B, float(scaling)
+    y: Tensor = _apply(*arguments, None) if needs_grad(*arguments[:5]) else _forward(*arguments)
+    return y

@@ -95,6 +95,12 @@ _backward_op = register(
 )
 
 
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op, of tokens in any shape: what is saved of them must not depend on the way in."""
+    y, normed, mean, rstd = _forward_op(as_rows(x), *others)
+    return from_rows(y, x), from_rows(normed, x), mean, rstd
+
+
 class _StitchLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,7 +118,7 @@ class _StitchLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if done is None:
             norm = norm_weight, norm_bias, eps
-            done = _forward_op(x, weight, bias, lora_A, lora_B, scaling, *norm)
+            done = _forward(x, weight, bias, lora_A, lora_B, scaling, *norm)
         y, normed, mean, rstd = done
         ctx.save_for_backward(
             x, weight, bias, lora_A, lora_B, y, mean, rstd, norm_weight, norm_bias
@@ -203,8 +209,8 @@ def stitch_layer_norm(
     check_number("eps", eps, 0.0)
     if lora_A is not None and lora_A.shape[0] == 0:
         lora_A = lora_B = None
-    tensors = as_rows(autocast(x)), weight, bias, lora_A, lora_B
+    tensors = autocast(x), weight, bias, lora_A, lora_B
     arguments = *tensors, float(scaling), *norm, float(eps)
     training = needs_grad(*tensors, *norm)
-    y, normed, *_ = _apply(*arguments, None) if training else _forward_op(*arguments)
-    return from_rows(y, x), from_rows(normed, x)
+    y, normed, *_ = _apply(*arguments, None) if training else _forward(*arguments)
+    return y, normed
