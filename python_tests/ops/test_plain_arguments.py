@@ -297,6 +297,29 @@ def test_the_way_in_makes_no_difference_to_checkpoints(op: str, watched: str) ->
         assert torch.equal(*torch.autograd.grad(total, x), *expected)
 
 
+@pytest.mark.parametrize("learnt", [True, False])
+@pytest.mark.parametrize("quick", [True, False])
+def test_no_tokens_are_kept_for_their_shape(
+    quick: bool, learnt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual keeps its sum, and the branch for a gradient of γ: tokens are what memory is."""
+    h = torch.randn(3, 10, WIDTH, requires_grad=True)
+    branch, layer_scale, *norm = others("residual_layer_norm", h)
+    layer_scale.requires_grad_(learnt)
+    if not quick:
+        look_at_all(monkeypatch)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total, _ = call("residual_layer_norm", h, branch, layer_scale, *norm)
+    tokens = {tensor.data_ptr() for tensor in kept if tensor.numel() == h.numel()}
+    assert tokens == {total.data_ptr(), *([branch.data_ptr()] if learnt else [])}
+
+
 @pytest.mark.parametrize("op", SINGLE)
 @pytest.mark.parametrize("quick", [True, False])
 def test_results_may_be_written_into(op: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:

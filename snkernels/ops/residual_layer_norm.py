@@ -157,12 +157,22 @@ class _ResidualLayerNorm(torch.autograd.Function):
         normed_dtype: torch.dtype | None,
         done: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        if done is None:
-            norm = norm_weight, norm_bias, eps, normed_dtype
-            done = _forward(h, branch, layer_scale, drop_path_scale, *norm)
-        total, normed, mean, rstd = done
+        norm = norm_weight, norm_bias, eps, normed_dtype
+        total, normed, mean, rstd = done or _forward(h, branch, layer_scale, drop_path_scale, *norm)
+        # Of h the backward needs no more than its shape and dtype, and of the branch where no
+        # gradient of γ goes through it: mostly those of the sum, which is kept anyway.
+        alike = done is not None or h.dtype == branch.dtype
+        learnt = layer_scale is not None and layer_scale.requires_grad
         ctx.save_for_backward(
-            h, branch, layer_scale, drop_path_scale, total, mean, rstd, norm_weight, norm_bias
+            None if alike else h,
+            branch if learnt or not alike else None,
+            layer_scale,
+            drop_path_scale,
+            total,
+            mean,
+            rstd,
+            norm_weight,
+            norm_bias,
         )
         ctx.set_materialize_grads(False)
         return total, normed
@@ -171,6 +181,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
     @differentiable_once("residual_layer_norm")
     def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> Any:
         h, branch, layer_scale, drop_path_scale, total, *rest = ctx.saved_tensors
+        h, branch = (total if t is None else t for t in (h, branch))
         need_h, need_branch, need_scale, _, *need_norm = ctx.needs_input_grad[:6]
         if grad_normed is None:  # LN(sum) was not used, so its parameters get no gradient
             need_norm = [False, False]
