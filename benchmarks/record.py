@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,30 @@ from snkernels.progress import progress_bar
 TESTS_FAILED = "its tests failed on this machine"
 
 
-def time_case(
-    case: Case,
-    ceilings: Ceilings,
-    seconds: float,
-    rounds: int,
-    struck: Collection[str] = (),
-) -> CaseResult:
+@dataclass(frozen=True)
+class Sitting:
+    """What the entries of a case took while they took turns; those that failed took no part."""
+
+    copies: int
+    samples: Samples
+    launches: Samples
+    notes: dict[str, str | None]
+    failed: dict[str, str]
+
+    def and_then(self, later: "Sitting") -> "Sitting":
+        """This one and a later one as one; what failed in either takes no part in both."""
+        failed = later.failed | self.failed
+
+        def joined(before: Samples, after: Samples) -> Samples:
+            return {n: values + after[n] for n, values in before.items() if n not in failed}
+
+        samples = joined(self.samples, later.samples)
+        return Sitting(
+            self.copies, samples, joined(self.launches, later.launches), later.notes, failed
+        )
+
+
+def time_case(case: Case, seconds: float, rounds: int, struck: Collection[str] = ()) -> Sitting:
     """Checks all entries, then times those that passed; those of ``struck`` backends never run."""
     bench = Bench(case)
     entries = case.entries()
@@ -59,38 +77,38 @@ def time_case(
     if case.device.type == "cuda":
         passed = [bench.launch(entry) for entry in entries if entry.name in candidates]
         launches = interleave(passed, seconds=seconds / 4, least=rounds)
+    return Sitting(bench.copies, samples, launches, notes, failed)
+
+
+def result(case: Case, sitting: Sitting, ceilings: Ceilings) -> CaseResult:
+    """What a record says of a case."""
     return CaseResult(
         op=case.subject.op,
         shape=case.shape.label,
         sizes=case.shape.sizes,
         dtype=str(case.dtype).removeprefix("torch."),
         phase=case.phase,
-        rounds=len(samples[EAGER]),
-        copies=bench.copies,
+        rounds=len(sitting.samples[EAGER]),
+        copies=sitting.copies,
         floor_seconds=ceilings.floor(
             case.subject.work(case.shape, case.phase, case.dtype.itemsize)
         ),
-        entries=[_result(entry, samples, launches, notes, failed) for entry in entries],
+        entries=[_entry(entry, sitting) for entry in case.entries()],
     )
 
 
-def _result(
-    entry: Entry,
-    samples: Samples,
-    launches: Samples,
-    notes: dict[str, str | None],
-    failed: dict[str, str],
-) -> EntryResult:
-    if entry.name in failed:
-        return EntryResult(entry.name, entry.ours, failed=failed[entry.name])
-    others = [name for name in samples if name != entry.name and (entry.ours or name == EAGER)]
+def _entry(entry: Entry, sitting: Sitting) -> EntryResult:
+    name, samples = entry.name, sitting.samples
+    if name in sitting.failed:
+        return EntryResult(name, entry.ours, failed=sitting.failed[name])
+    others = [other for other in samples if other != name and (entry.ours or other == EAGER)]
     return EntryResult(
-        name=entry.name,
+        name=name,
         ours=entry.ours,
-        seconds=Spread.of(samples[entry.name]),
-        speedup={other: speedup(samples, entry.name, other) for other in others},
-        launch_seconds=Spread.of(launches[entry.name]) if launches else None,
-        note=notes[entry.name],
+        seconds=Spread.of(samples[name]),
+        speedup={other: speedup(samples, name, other) for other in others},
+        launch_seconds=Spread.of(sitting.launches[name]) if sitting.launches else None,
+        note=sitting.notes[name],
     )
 
 
@@ -115,14 +133,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", choices=known, default=list(known))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE.json")
     parser.add_argument("--add", action="store_true", help="to the record that is there already")
-    parser.add_argument("--seconds", type=float, default=2.5, help="per case")
-    parser.add_argument("--rounds", type=int, default=15, help="per case, at least")
+    parser.add_argument("--seconds", type=float, default=2.5, help="per case and sitting")
+    parser.add_argument("--rounds", type=int, default=15, help="per case and sitting, at least")
+    parser.add_argument(
+        "--sittings",
+        type=int,
+        default=1,
+        help="how often all cases are timed, one after the other: what else a shared machine does "
+        "lasts for minutes, and is then a part of each case instead of all of some",
+    )
     parser.add_argument("--limit", type=float, help="seconds after which no case begins any more")
     parser.add_argument(
         "--struck", nargs="+", default=[], metavar="BACKEND", help="do not run it: its tests failed"
     )
     parser.add_argument("--prepare", action="store_true", help="compile everything, time nothing")
     options = parser.parse_args(arguments)
+    if options.sittings < 1:
+        parser.error(f"--sittings must be at least 1, but it is {options.sittings}")
     if native.IMPORT_ERROR is not None:
         sys.exit(f"the compiled module did not import: {native.IMPORT_ERROR}")
 
@@ -162,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ceilings=roofline.measure(device, todo[0].dtype),
             cases=[],
         )
+    sittings: dict[Case, Sitting] = {}
     failures: list[str] = []
-    for case in progress_bar(todo, "benchmarks"):
+    for case in progress_bar(todo * options.sittings, "benchmarks"):
         if options.limit is not None and time.perf_counter() > begin + options.limit:
             failures.append(f"no time was left for {case} and what comes after it")
             break
@@ -171,19 +199,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if record is None:
                 prepare(case, options.struck)
                 continue
-            done = time_case(case, record.ceilings, options.seconds, options.rounds, options.struck)
+            if case is todo[0] and case in sittings:  # a ceiling is the best that was seen
+                measured = roofline.measure(device, case.dtype)
+                record = replace(record, ceilings=record.ceilings.raised(measured))
+            done = time_case(case, options.seconds, options.rounds, options.struck)
         except Exception as error:  # the other cases can still be timed
             failures.append(f"{case}: {type(error).__name__}: {error}".splitlines()[0])
             continue
-        record.put(done)
+        if case in sittings:
+            done = sittings[case].and_then(done)
+        sittings[case] = done
+        record.put(result(case, done, record.ceilings))
         record.save(out)
-        failures += [f"{case}: {e.name}: {e.failed}" for e in done.entries if e.failed]
+        failures += [f"{case}: {name}: {why}" for name, why in done.failed.items()]
     if record is not None and record.cases:
         table.write(out)
         plot.write(out)
         print(table.markdown(record))
         print(f"Wrote {out}, and beside it the table (.md) and the plot (.png).")
-    for failure in failures:
+    for failure in dict.fromkeys(failures):
         print(failure, file=sys.stderr)
     return 1 if failures else 0
 

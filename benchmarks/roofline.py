@@ -22,6 +22,10 @@ class Ceilings:
         """Seconds below which the work cannot be done: the slower of its bytes and its FLOPs."""
         return max(work.bytes / self.copy, work.flops / self.gemm)
 
+    def raised(self, other: "Ceilings") -> "Ceilings":
+        """The higher of each."""
+        return Ceilings(max(self.copy, other.copy), max(self.gemm, other.gemm))
+
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The best of some tries each, as a ceiling must be."""

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import record as recorder
 from benchmarks import table
+from benchmarks.case import cases
 from benchmarks.roofline import Ceilings
 from benchmarks.schema import Record
 from benchmarks.subject import Bind, Outputs, Shape, Subject, Tensors, subjects
@@ -212,6 +213,39 @@ def test_a_case_that_breaks_loses_nothing_and_another_process_goes_on(
         assert len(Record.load(path).cases) == len(again.cases)
     dataclasses.replace(again, machine={**again.machine, "load_average": 9.0}).save(path)
     assert recorder.main(["--ops", "stitch_layer_norm", *arguments]) == 0
+
+
+def test_sittings_are_one_case(
+    small: dict[str, Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has all rounds, of one order; the ceilings are the best that was seen."""
+    seen = iter([Ceilings(2e10, 1e11), Ceilings(1e10, 3e11), Ceilings(1e10, 2e11)])
+    monkeypatch.setattr(recorder.roofline, "measure", lambda *_: next(seen))
+    path = tmp_path / "sittings.json"
+    arguments = ["--ops", "stitch", "--out", str(path), "--sittings", "3", *ARGUMENTS]
+    assert recorder.main(arguments) == 0
+    record = Record.load(path)
+    assert record.ceilings == Ceilings(2e10, 3e11)
+    made = cases(small["stitch"], torch.device("cpu"))
+    assert [(c.shape, c.phase) for c in record.cases] == [(c.shape.label, c.phase) for c in made]
+    for case, found in zip(made, record.cases, strict=True):
+        assert found.rounds == 9
+        work = case.subject.work(case.shape, case.phase, case.dtype.itemsize)
+        assert found.floor_seconds == record.ceilings.floor(work)
+    with pytest.raises(SystemExit):
+        recorder.main([*arguments, "--sittings", "0"])
+
+
+def test_what_failed_in_one_sitting_takes_no_part() -> None:
+    first = recorder.Sitting(3, {"eager": [2.0], "a": [1.0], "b": [1.0]}, {}, {"a": None}, {})
+    second = recorder.Sitting(3, {"eager": [4.0], "a": [3.0]}, {}, {"a": "less exact"}, {"b": "no"})
+    for both in (first.and_then(second), second.and_then(first)):
+        assert {name: sorted(v) for name, v in both.samples.items()} == {
+            "eager": [2.0, 4.0],
+            "a": [1.0, 3.0],
+        }
+        assert both.failed == {"b": "no"}
+    assert first.and_then(second).notes == {"a": "less exact"}
 
 
 def test_no_case_begins_after_the_limit(
