@@ -49,12 +49,14 @@ class Sitting:
             return {n: values + after[n] for n, values in before.items() if n not in failed}
 
         samples = joined(self.samples, later.samples)
-        return Sitting(
-            self.copies, samples, joined(self.launches, later.launches), later.notes, failed
-        )
+        launches = joined(self.launches, later.launches)
+        notes = {name: note or later.notes.get(name) for name, note in self.notes.items()}
+        return Sitting(self.copies, samples, launches, notes, failed)
 
 
-def time_case(case: Case, seconds: float, rounds: int, struck: Collection[str] = ()) -> Sitting:
+def time_case(
+    case: Case, seconds: float, rounds: int, struck: Collection[str] = (), sitting: int = 0
+) -> Sitting:
     """Checks all entries, then times those that passed; those of ``struck`` backends never run."""
     bench = Bench(case)
     entries = case.entries()
@@ -72,7 +74,7 @@ def time_case(case: Case, seconds: float, rounds: int, struck: Collection[str] =
             if entry.name == EAGER:
                 raise
             failed[entry.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    samples = interleave(list(candidates.values()), seconds=seconds, least=rounds)
+    samples = interleave(list(candidates.values()), seconds=seconds, least=rounds, seed=sitting)
     launches: Samples = {}
     if case.device.type == "cuda":
         passed = [bench.launch(entry) for entry in entries if entry.name in candidates]
@@ -161,9 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = [case for op in options.ops for case in cases(known[op], device)]
     if not todo:
         sys.exit(f"no kernel of {', '.join(options.ops)} runs on {device.type}")
+    added = options.add and out.exists()
     if options.prepare:
         record = None
-    elif options.add and out.exists():
+    elif added:
         record = Record.load(out)
         for fact, then, here in (
             ("commit", record.commit, commit),
@@ -191,18 +194,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     sittings: dict[Case, Sitting] = {}
     failures: list[str] = []
-    for case in progress_bar(todo * options.sittings, "benchmarks"):
+    turns = [(i, case) for i in range(1 if options.prepare else options.sittings) for case in todo]
+    for sitting, case in progress_bar(turns, "benchmarks"):
         if options.limit is not None and time.perf_counter() > begin + options.limit:
             failures.append(f"no time was left for {case} and what comes after it")
             break
+        if record is not None and case is todo[0] and sitting > 0 and not added:
+            # A ceiling is the best that was seen, and all cases have the same.
+            best = record.ceilings.raised(roofline.measure(device, case.dtype))
+            record = replace(record, ceilings=best)
+            for other, timed in sittings.items():
+                record.put(result(other, timed, best))
         try:
             if record is None:
                 prepare(case, options.struck)
                 continue
-            if case is todo[0] and case in sittings:  # a ceiling is the best that was seen
-                measured = roofline.measure(device, case.dtype)
-                record = replace(record, ceilings=record.ceilings.raised(measured))
-            done = time_case(case, options.seconds, options.rounds, options.struck)
+            done = time_case(case, options.seconds, options.rounds, options.struck, sitting)
         except Exception as error:  # the other cases can still be timed
             failures.append(f"{case}: {type(error).__name__}: {error}".splitlines()[0])
             continue

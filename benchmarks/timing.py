@@ -52,6 +52,7 @@ def interleave(
     least: int,
     warmup: int = 2,
     clock: Clock = time.perf_counter,
+    seed: int = 0,
 ) -> Samples:
     """Seconds per call of each candidate, one value per round.
 
@@ -61,12 +62,13 @@ def interleave(
         least: rounds at any rate; an odd number makes the median one of the rounds.
         warmup: rounds that are not counted.
         clock: for tests.
+        seed: of the rounds' orders.
     """
     samples: Samples = {candidate.name: [] for candidate in candidates}
     if len(samples) < len(candidates):
         raise ValueError(f"candidates must have different names, but are {list(samples)}")
 
-    shuffle = random.Random(0).shuffle
+    shuffle = random.Random(seed).shuffle
 
     def one_round() -> dict[str, float]:
         order, taken = list(candidates), {}

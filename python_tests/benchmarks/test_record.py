@@ -218,7 +218,7 @@ def test_a_case_that_breaks_loses_nothing_and_another_process_goes_on(
 def test_sittings_are_one_case(
     small: dict[str, Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has all rounds, of one order; the ceilings are the best that was seen."""
+    """Each has all rounds, and all cases the best ceilings that were seen."""
     seen = iter([Ceilings(2e10, 1e11), Ceilings(1e10, 3e11), Ceilings(1e10, 2e11)])
     monkeypatch.setattr(recorder.roofline, "measure", lambda *_: next(seen))
     path = tmp_path / "sittings.json"
@@ -245,7 +245,7 @@ def test_what_failed_in_one_sitting_takes_no_part() -> None:
             "a": [1.0, 3.0],
         }
         assert both.failed == {"b": "no"}
-    assert first.and_then(second).notes == {"a": "less exact"}
+        assert both.notes == {"a": "less exact"}
 
 
 def test_no_case_begins_after_the_limit(

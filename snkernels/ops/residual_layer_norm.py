@@ -158,14 +158,15 @@ class _ResidualLayerNorm(torch.autograd.Function):
         done: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, Tensor]:
         norm = norm_weight, norm_bias, eps, normed_dtype
-        total, normed, mean, rstd = done or _forward(h, branch, layer_scale, drop_path_scale, *norm)
+        outputs = done or _forward(h, branch, layer_scale, drop_path_scale, *norm)
+        total, normed, mean, rstd = outputs
         # Of h the backward needs no more than its shape and dtype, and of the branch where no
-        # gradient of γ goes through it: mostly those of the sum, which is kept anyway.
-        alike = done is not None or h.dtype == branch.dtype
-        learnt = layer_scale is not None and layer_scale.requires_grad
+        # gradient of γ goes through it: mostly those of the sum, which is kept anyway. The quick
+        # way, which takes one dtype alone, need not be asked for it.
+        quick, learnt = done is not None, ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            None if alike else h,
-            branch if learnt or not alike else None,
+            None if quick or h.dtype == total.dtype else h,
+            None if not learnt and (quick or branch.dtype == total.dtype) else branch,
             layer_scale,
             drop_path_scale,
             total,
