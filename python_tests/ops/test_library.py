@@ -1,18 +1,14 @@
 """The library ops themselves, below autograd: torch's own checker, threads, forced backends."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from cases import OPS, Shape, make
 from device import DEVICE
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from snkernels import backends
 from snkernels.kernels import native
 from snkernels.ops import stitch, stitch_layer_norm
-from snkernels.ops.library import OFFERED, is_transformed
+from snkernels.ops.library import OFFERED
 
 about_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="is about CPU memory")
 
@@ -174,39 +170,6 @@ def test_the_kernel_is_missed_only_where_it_is_wanted(monkeypatch: pytest.Monkey
             stitch(x.tolist(), weight)
         with pytest.raises(RuntimeError, match=r"cannot run stitch: .*no such file"):
             stitch(x, weight)
-
-
-def traced(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    torch.jit.trace(function, x, check_trace=False)
-
-
-def mapped(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    torch.func.vmap(function)(x)
-
-
-def counted(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    with FlopCounterMode(display=False):
-        function(x)
-
-
-def on_a_device(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    with torch.device("cpu"):  # a mode of functions
-        function(x)
-
-
-@pytest.mark.parametrize("transform", [traced, mapped, counted, on_a_device])
-def test_what_torch_changes_it_gets_to_see(
-    transform: Callable[[Callable[[Tensor], Tensor], Tensor], None],
-) -> None:
-    x, answers = torch.randn(3), []
-
-    def call(other: Tensor) -> Tensor:
-        answers.append(is_transformed((x, None, 1.0)))
-        return other + 1
-
-    call(x)
-    transform(call, torch.randn(2))
-    assert answers == [False, True]
 
 
 @about_the_cpu

@@ -9,7 +9,6 @@ import torch
 from device import DEVICE
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -420,13 +419,6 @@ def test_little_work_is_left_to_others() -> None:
     assert native.linear(x, weight, bias, 30 * WIDTH * OUT, 31) is None
 
 
-class Mode(TorchFunctionMode):
-    """Sees every function of torch, and does nothing about it."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def exporting() -> Iterator[None]:
     """As torch says of itself while it exports a model without dynamo."""
@@ -435,13 +427,15 @@ def exporting() -> Iterator[None]:
         yield
 
 
-WATCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
+CHANGED: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "a mode that dispatches": lambda: FlopCounterMode(display=False),
-    "a mode of functions": Mode,
+    "a mode of functions": lambda: torch.device("cpu"),
+    "an export": exporting,
+}
+WATCHED = CHANGED | {
     "a profiler": torch.profiler.profile,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "forward mode": forward_ad.dual_level,
-    "an export": exporting,
 }
 
 
@@ -453,7 +447,9 @@ def test_somebody_watches(op: str, watched: str) -> None:
     assert is_plain(op, x, *rest)
     with WATCHED[watched]():
         assert not is_plain(op, x, *rest)
+        assert library.is_transformed((x, None, 1.0)) == (watched in CHANGED)
     assert is_plain(op, x, *rest)
+    assert not library.is_transformed((x, None, 1.0))
 
 
 def test_somebody_watches_gradients() -> None:
@@ -485,11 +481,11 @@ def test_inside_a_transform(
     rest = others(op, x)
 
     def watched(number: Tensor) -> Tensor:
-        answers.append(is_plain(op, x, *rest))
+        answers.append((is_plain(op, x, *rest), library.is_transformed((x, None, 1.0))))
         return number + 1
 
     transform(watched, torch.randn(2))
-    assert answers == [False]
+    assert answers == [(False, True)]
 
 
 @pytest.mark.parametrize("op", OPS)
